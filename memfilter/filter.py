@@ -1,0 +1,205 @@
+"""MemFilter: the plug-in. It wraps the denoiser, remembers the verdict of the last forward, and masks the loss."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from memfilter.functional import REDUCTIONS, masked_loss, noise_factor, text_norm
+from memfilter.stats import FilterStats
+from memfilter.threshold import FixedThreshold
+from memfilter.unet import FilteredUNet
+
+
+class NonFiniteNorm(FloatingPointError):
+    """The norm of some samples is NaN or infinite: the latents, the embeddings or the weights are broken."""
+
+
+class EmptySteps(RuntimeError):
+    """So many optimizer steps in a row kept nothing that training stands still."""
+
+
+@dataclass
+class Verdict:
+    """What one forward found out; every tensor is [B]."""
+
+    timesteps: Tensor
+    text_norm: Tensor  # 0 where unchecked
+    keep: Tensor
+    checked: Tensor
+    keys: Sequence[str] | None
+
+
+class MemFilter:
+    """Leaves samples out of the loss whose text-conditional noise prediction is abnormally large.
+
+        mem_filter = MemFilter(tau=4.0)
+        unet = mem_filter.wrap(unet, null=null_prompt_embeds, scheduler=noise_scheduler)
+        out = unet(noisy_latents, timesteps, prompt_embeds)
+        loss = mem_filter.loss(out.sample, target)
+        loss.backward()
+        mem_filter.before_step(optimizer)
+        optimizer.step()
+
+    Args:
+        tau: samples whose norm is not below it are dropped (Section 4.2 of the paper; 2..6 there, for Stable Diffusion
+            at 512 px). ``inf``: measure only. None: no extra pass, nothing measured.
+        reduction: ``kept`` or ``batch``, see `masked_loss`.
+        unit: ``l2`` (the paper's) or ``rms``, see `text_norm`.
+        max_empty_steps: so many optimizer steps in a row that keep nothing raise `EmptySteps`.
+        stats: where counts go; by default ten timestep bins over 1000 timesteps.
+
+    Raises:
+        ValueError: a setting is out of range.
+    """
+
+    def __init__(
+        self,
+        tau: float | None,
+        *,
+        reduction: str = "kept",
+        unit: str = "l2",
+        max_empty_steps: int = 100,
+        stats: FilterStats | None = None,
+    ):
+        if reduction not in REDUCTIONS:
+            raise ValueError(f"filter.reduction must be one of {', '.join(REDUCTIONS)}, found {reduction!r}")
+        if max_empty_steps < 1:
+            raise ValueError(f"filter.max_empty_steps must be at least 1, found {max_empty_steps}")
+        self.threshold = FixedThreshold(math.inf if tau is None else tau, unit)
+        self.active = tau is not None
+        self.reduction = reduction
+        self.max_empty_steps = max_empty_steps
+        self.stats = stats or FilterStats()
+        self.verdict: Verdict | None = None  # of the last checked forward
+        self._facts: dict = {}
+        self._factors: Tensor | None = None  # [T], None for epsilon prediction
+        self._kept_in_step: Tensor | int = 0
+        self._empty_in_a_row = 0
+
+    def wrap(self, unet: nn.Module, null, scheduler=None) -> FilteredUNet:
+        """The denoiser with the check inside; do this before ``accelerator.prepare``.
+
+        Args:
+            unet: called as ``unet(sample, timestep, encoder_hidden_states, ...)``.
+            null: embedding of the empty prompt, [L, D] or [1, L, D], or a mapping (see `FilteredUNet`).
+            scheduler: a diffusers noise scheduler; its prediction type and alphabar_t convert the norm to noise
+                space. None: the model predicts epsilon.
+
+        Raises:
+            ValueError: the scheduler's prediction type is unknown, or it has no alphabar_t.
+        """
+        if scheduler is not None:
+            if not hasattr(scheduler, "alphas_cumprod"):
+                raise ValueError(f"{type(scheduler).__name__} has no alphas_cumprod, from which the norm in noise "
+                                 "space is made: pass the DDPMScheduler that training uses")  # fmt: skip
+            factors = noise_factor(scheduler.config.prediction_type, scheduler.alphas_cumprod)
+            self._factors = None if scheduler.config.prediction_type == "epsilon" else factors
+            self.stats.num_train_timesteps = len(factors)
+        return FilteredUNet(unet, null, self._judge, self.active)
+
+    def batch(self, *, keys=None, duplicate=None, caption_dropped=None) -> None:
+        """What is known of the samples of the next training forward; all optional, each of length B.
+
+        Args:
+            keys: names, for errors and audits.
+            duplicate: whether the sample is known to be duplicated; splits the statistics.
+            caption_dropped: whether its caption was replaced by the empty one. Its norm is 0 by definition: it is
+                neither checked nor dropped.
+        """
+        self._facts = {"keys": keys, "duplicate": duplicate, "caption_dropped": caption_dropped}
+
+    def _judge(self, cond: Tensor, null: Tensor, timesteps: Tensor) -> tuple[Tensor, Tensor]:
+        facts, self._facts = self._facts, {}
+        device, count = cond.device, len(cond)
+        checked = torch.ones(count, dtype=torch.bool, device=device)
+        if (dropped := facts.get("caption_dropped")) is not None:
+            checked &= ~_bools(dropped, count, device, "caption_dropped")
+        factor = None
+        if self._factors is not None:
+            self._factors = self._factors.to(device)
+            factor = self._factors[timesteps.long()]
+            checked &= factor != 0
+        norm = text_norm(cond, null, factor, self.threshold.unit)
+        norm = torch.where(checked, norm, 0)
+        self._require_finite(norm, facts.get("keys"))
+        keep = self.threshold(norm, timesteps) | ~checked
+        group = torch.zeros(count, dtype=torch.long, device=device)
+        if (duplicate := facts.get("duplicate")) is not None:
+            group = _bools(duplicate, count, device, "duplicate").long() + 1
+        self.stats.add(timesteps, norm, keep, checked, group)
+        self.verdict = Verdict(timesteps, norm, keep, checked, facts.get("keys"))
+        return norm, keep
+
+    def _require_finite(self, norm: Tensor, keys) -> None:
+        finite = torch.isfinite(norm)
+        if not finite.all():
+            bad = (~finite).nonzero().flatten().tolist()
+            names = ", ".join(str(keys[i]) if keys is not None else f"row {i}" for i in bad)
+            raise NonFiniteNorm(f"the text norm of {len(bad)} of {len(norm)} samples is not finite ({names}): "
+                                "look for NaN in their latents, or lower the learning rate")  # fmt: skip
+
+    def loss(self, pred: Tensor, target: Tensor) -> Tensor:
+        """Masked mean squared error of the last forward's samples: [B, ...] -> scalar, graph always intact.
+
+        Raises:
+            RuntimeError: no checked forward of this batch size came before.
+        """
+        keep = torch.ones(len(pred), dtype=torch.bool, device=pred.device)
+        if self.active:
+            if self.verdict is None or len(self.verdict.keep) != len(pred):
+                raise RuntimeError("MemFilter.loss needs the verdict of a training forward of the same batch: call "
+                                   "the wrapped denoiser first, in train mode and with gradients on")  # fmt: skip
+            keep = self.verdict.keep
+        self._kept_in_step = self._kept_in_step + keep.sum()
+        return masked_loss(pred, target, keep, self.reduction)
+
+    def before_step(self, optimizer: torch.optim.Optimizer) -> bool:
+        """Call between the last backward and the optimizer step; says whether anything was kept in that step.
+
+        Where nothing was kept, gradients are set to None, so that the step changes nothing: with gradients of 0,
+        AdamW's momentum and weight decay would still move the weights.
+
+        Raises:
+            EmptySteps: this is the ``max_empty_steps``-th such step in a row.
+        """
+        kept, self._kept_in_step = int(self._kept_in_step), 0
+        if kept:
+            self._empty_in_a_row = 0
+            return True
+        optimizer.zero_grad(set_to_none=True)
+        self._empty_in_a_row += 1
+        self.stats.empty_steps += 1
+        if self._empty_in_a_row >= self.max_empty_steps:
+            raise EmptySteps(f"{self._empty_in_a_row} optimizer steps in a row kept no sample: filter.tau="
+                             f"{self.threshold.tau} is below the norm of everything; raise it")  # fmt: skip
+        return False
+
+    def metrics(self, accelerator=None) -> dict[str, float]:
+        """Counts, rates and norms since the last call, named ``filter/...``; with several ranks every rank calls."""
+        if not self.active:
+            return {}
+        return self.stats.compute(_sum_over(accelerator))
+
+    def state_dict(self) -> dict:
+        return {"stats": self.stats.state_dict(), "empty_in_a_row": self._empty_in_a_row}
+
+    def load_state_dict(self, state: dict) -> None:
+        self.stats.load_state_dict(state["stats"])
+        self._empty_in_a_row = state["empty_in_a_row"]
+
+
+def _bools(values, count: int, device, name: str) -> Tensor:
+    tensor = torch.as_tensor(values, dtype=torch.bool, device=device)
+    if tensor.shape != (count,):
+        raise ValueError(f"MemFilter.batch({name}=...) must have one entry for each of the {count} samples, "
+                         f"found shape {tuple(tensor.shape)}")  # fmt: skip
+    return tensor
+
+
+def _sum_over(accelerator):
+    return None if accelerator is None else lambda tensor: accelerator.reduce(tensor, reduction="sum")

@@ -1,0 +1,98 @@
+"""The method as pure functions of tensors. Equations are those of Wen et al., "Detecting, Explaining, and Mitigating
+Memorization in Diffusion Models" (ICLR 2024), unless another source is named."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
+REDUCTIONS = ("kept", "batch")
+UNITS = ("l2", "rms")
+
+
+def noise_factor(prediction_type: str, alphas_cumprod: Tensor) -> Tensor:
+    """What a difference of two predictions at one x_t is multiplied by to become a difference of noise predictions.
+
+    From x_t = sqrt(abar) x0 + sqrt(1 - abar) eps (Eq. 2) with x_t held fixed:
+    ``epsilon``: 1; ``v_prediction`` (v = sqrt(abar) eps - sqrt(1 - abar) x0): sqrt(abar);
+    ``sample`` (x0): -sqrt(abar / (1 - abar)).
+
+    Args:
+        prediction_type: as diffusers schedulers name it.
+        alphas_cumprod: abar_t, any shape.
+
+    Returns:
+        Same shape as ``alphas_cumprod``. It is 0 where the prediction says nothing about the noise
+        (v and x0 at zero terminal SNR): such timesteps cannot be checked.
+
+    Raises:
+        ValueError: unknown prediction type.
+    """
+    if prediction_type == "epsilon":
+        return torch.ones_like(alphas_cumprod)
+    if prediction_type == "v_prediction":
+        return alphas_cumprod.sqrt()
+    if prediction_type == "sample":
+        return -(alphas_cumprod / (1 - alphas_cumprod)).sqrt()
+    raise ValueError(f"unknown prediction type {prediction_type!r}: expected one of {', '.join(PREDICTION_TYPES)}")
+
+
+def flow_noise_factor(sigmas: Tensor) -> Tensor:
+    """`noise_factor` for rectified flow: x_t = (1 - s) x0 + s eps and v = eps - x0 give d_eps = (1 - s) d_v."""
+    return 1 - sigmas
+
+
+def text_norm(cond: Tensor, null: Tensor, factor: Tensor | None = None, unit: str = "l2") -> Tensor:
+    """Magnitude of the text-conditional noise prediction, ||eps(x_t, e_p) - eps(x_t, e_null)||_2 (Section 3.3).
+
+    Args:
+        cond: prediction for the prompt, [B, ...].
+        null: prediction for the empty prompt at the same noisy latents and timesteps, [B, ...].
+        factor: [B] of `noise_factor` where the model does not predict the noise itself.
+        unit: ``l2``, the paper's, grows with the number of latent elements; ``rms`` divides by its square root,
+            so that a threshold carries over to another resolution (4 for SD at 512 px is 4 / 128 in rms).
+
+    Returns:
+        [B], in fp32 at least.
+    """
+    if unit not in UNITS:
+        raise ValueError(f"unknown unit {unit!r}: expected one of {', '.join(UNITS)}")
+    precise = torch.promote_types(cond.dtype, torch.float32)
+    difference = (cond.to(precise) - null.to(precise)).flatten(1)  # [B, ...] -> [B, N]
+    norm = torch.linalg.vector_norm(difference, dim=1)  # [B, N] -> [B]
+    if unit == "rms":
+        norm = norm / difference.shape[1] ** 0.5
+    return norm if factor is None else norm * factor.to(norm).abs()
+
+
+def keep_mask(norm: Tensor, tau: float) -> Tensor:
+    """Which samples stay in the loss: ``norm < tau``, strictly (Section 4.2). [B] -> bool [B].
+
+    A NaN compares false and would be dropped without a word: check for it first, as `MemFilter` does.
+    """
+    return norm < tau
+
+
+def masked_loss(pred: Tensor, target: Tensor, keep: Tensor, reduction: str = "kept") -> Tensor:
+    """Mean squared error over the samples that are kept.
+
+    Args:
+        pred, target: [B, ...].
+        keep: bool [B].
+        reduction: ``kept``: mean over the kept samples, as the official code does on one device; ``batch``: the sum
+            over the kept samples divided by the batch size, so that a dropped sample weighs as much as a kept one.
+
+    Returns:
+        A scalar in fp32 at least. With nothing kept it is 0 and still has its graph, so that backward runs on every
+        rank and gives gradients of exactly 0.
+    """
+    if reduction not in REDUCTIONS:
+        raise ValueError(f"unknown reduction {reduction!r}: expected one of {', '.join(REDUCTIONS)}")
+    precise = torch.promote_types(pred.dtype, torch.float32)
+    shape = (-1,) + (1,) * (pred.ndim - 1)
+    # a dropped sample may hold anything, even NaN, and NaN * 0 is NaN: select, do not multiply
+    difference = torch.where(keep.view(shape), pred.to(precise) - target.to(precise), 0)
+    per_sample = difference.square().flatten(1).mean(1)  # [B, ...] -> [B]
+    count = keep.sum().clamp(min=1) if reduction == "kept" else len(keep)
+    return per_sample.sum() / count

@@ -1,0 +1,115 @@
+"""A denoiser whose training forward runs twice: without gradient for the empty prompt, then as it always did."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor, nn
+
+
+class FilteredUNet(nn.Module):
+    """Wraps a denoiser called as ``unet(sample, timestep, encoder_hidden_states, ...)``.
+
+    Both passes run inside one forward, so that DDP, DeepSpeed and FSDP see one call. The state dict is that of the
+    wrapped denoiser: checkpoints and pipelines carry no prefix. Attributes that the wrapper lacks are looked up on the
+    denoiser (``unet.config``, ``unet.enable_gradient_checkpointing()``, ``unet.save_pretrained(...)``).
+
+    Args:
+        unet: the denoiser; kept as ``.unet``.
+        null: embedding of the empty prompt, [L, D] or [1, L, D]; or, where the model needs more, a mapping of keyword
+            arguments, such as ``{"encoder_hidden_states": ..., "added_cond_kwargs": {"text_embeds": ...}}``. Entries
+            of a nested mapping replace those of the call; its other entries (SDXL's ``time_ids``) stay.
+        judge: called with (cond, null, timesteps), gives (text_norm [B], keep [B]).
+        active: whether the extra pass is wanted at all.
+
+    A forward in eval mode or under no_grad is that of the denoiser, unchecked and uncounted. A checked forward adds
+    ``text_norm`` [B] and ``keep`` [B] to the output; with ``return_dict=False`` they stand behind the sample.
+    """
+
+    def __init__(self, unet: nn.Module, null, judge: Callable, active: bool = True):
+        super().__init__()
+        self.unet = unet
+        self._judge = judge
+        self._active = active
+        null = dict(null) if isinstance(null, Mapping) else {"encoder_hidden_states": null}
+        self._null_names = _register_tree(self, null, "_null")
+        self._register_state_dict_hook(_strip_prefix)
+        self.register_load_state_dict_pre_hook(_add_prefix)
+
+    def __getattr__(self, name: str):
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(super().__getattr__("unet"), name)
+
+    def forward(self, sample: Tensor, timestep, encoder_hidden_states: Tensor | None = None, *args, **kwargs):
+        if encoder_hidden_states is not None:
+            kwargs["encoder_hidden_states"] = encoder_hidden_states
+        if args:
+            raise TypeError("a wrapped denoiser takes everything after encoder_hidden_states by keyword")
+        if not (self._active and self.training and torch.is_grad_enabled()):
+            return self.unet(sample, timestep, **kwargs)
+        null_pred = self._null_pass(sample, timestep, kwargs)
+        out = self.unet(sample, timestep, **kwargs)
+        cond_pred = out[0] if isinstance(out, tuple) else out.sample
+        timesteps = torch.as_tensor(timestep, device=sample.device).expand(len(sample))  # [] or [1] or [B] -> [B]
+        text_norm, keep = self._judge(cond_pred.detach(), null_pred, timesteps)
+        if isinstance(out, tuple):
+            return (*out, text_norm, keep)
+        out["text_norm"], out["keep"] = text_norm, keep
+        return out
+
+    @torch.no_grad()
+    def _null_pass(self, sample: Tensor, timestep, kwargs: dict) -> Tensor:
+        kwargs = _merge(kwargs, self._null_names, self, len(sample)) | {"return_dict": False}
+        device = sample.device.type
+        # autocast caches a weight's cast, and one made here would have no gradient for the pass that follows
+        with torch.autocast(
+            device,
+            enabled=torch.is_autocast_enabled(device),
+            dtype=torch.get_autocast_dtype(device),
+            cache_enabled=False,
+        ):
+            return self.unet(sample, timestep, **kwargs)[0]
+
+
+def _register_tree(module: nn.Module, tree: Mapping, name: str) -> dict:
+    """Stores the tensors of a nested mapping as buffers that move with the module; returns their names, nested alike."""
+    names = {}
+    for key, value in tree.items():
+        if isinstance(value, Mapping):
+            names[key] = _register_tree(module, value, f"{name}_{key}")
+        else:
+            names[key] = f"{name}_{key}"
+            module.register_buffer(names[key], value.detach().clone(), persistent=False)
+    return names
+
+
+def _merge(call: Mapping, names: Mapping, module: nn.Module, batch_size: int) -> dict:
+    """The keyword arguments of the call with those of the empty prompt in their place, one row per sample."""
+    merged = dict(call)
+    for key, name in names.items():
+        given = call.get(key)
+        if isinstance(name, Mapping):
+            merged[key] = _merge(given or {}, name, module, batch_size)
+            continue
+        null = getattr(module, name)
+        if isinstance(given, Tensor):
+            null = null.to(given) if null.is_floating_point() else null
+            null = null if null.ndim == given.ndim else null.unsqueeze(0)
+        elif null.ndim == 2 and key == "encoder_hidden_states":
+            null = null.unsqueeze(0)
+        merged[key] = null.expand(batch_size, *null.shape[1:])
+    return merged
+
+
+def _strip_prefix(module, state_dict, prefix, local_metadata):
+    inner = f"{prefix}unet."
+    for key in [k for k in state_dict if k.startswith(inner)]:
+        state_dict[prefix + key[len(inner) :]] = state_dict.pop(key)
+
+
+def _add_prefix(module, state_dict, prefix, *_):
+    for key in [k for k in state_dict if k.startswith(prefix)]:
+        state_dict[f"{prefix}unet.{key[len(prefix) :]}"] = state_dict.pop(key)
