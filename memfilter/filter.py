@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from memfilter.functional import REDUCTIONS, masked_loss, noise_factor, text_norm
@@ -116,6 +117,9 @@ class MemFilter:
     def _judge(self, cond: Tensor, null: Tensor, timesteps: Tensor) -> tuple[Tensor, Tensor]:
         facts, self._facts = self._facts, {}
         device, count = cond.device, len(cond)
+        if (keys := facts.get("keys")) is not None and len(keys) != count:
+            raise ValueError(f"MemFilter.batch(keys=...) must have one entry for each of the {count} samples, "
+                             f"found {len(keys)}")  # fmt: skip
         checked = torch.ones(count, dtype=torch.bool, device=device)
         if (dropped := facts.get("caption_dropped")) is not None:
             checked &= ~_bools(dropped, count, device, "caption_dropped")
@@ -167,7 +171,13 @@ class MemFilter:
         Raises:
             EmptySteps: this is the ``max_empty_steps``-th such step in a row.
         """
-        kept, self._kept_in_step = int(self._kept_in_step), 0
+        state = getattr(optimizer, "gradient_state", None)  # accelerate's
+        if state is not None and not state.sync_gradients:
+            return True
+        kept = torch.as_tensor(self._kept_in_step)
+        if dist.is_available() and dist.is_initialized():  # an update of one rank alone would part the weights
+            dist.all_reduce(kept)
+        kept, self._kept_in_step = int(kept), 0
         if kept:
             self._empty_in_a_row = 0
             return True

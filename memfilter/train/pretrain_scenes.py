@@ -52,7 +52,7 @@ UNET = dict(
     out_channels=4,
     down_block_types=["DownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"],
     up_block_types=["UpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"],
-    block_out_channels=[32, 96, 128],
+    block_out_channels=[64, 96, 128],
     layers_per_block=1,
     attention_head_dim=4,  # the number of heads, as diffusers reads it for this class
     norm_num_groups=16,
@@ -135,7 +135,7 @@ def make_latents(work: Path, vae, pictures: np.ndarray) -> dict[str, torch.Tenso
             posterior = vae.encode(as_input(pictures[i : i + 500])).latent_dist
             means.append((posterior.mean * vae.config.scaling_factor).half())
             stds.append((posterior.std * vae.config.scaling_factor).half())
-        _atomically(path, lambda p: save_file({"mean": torch.cat(means), "std": torch.cat(stds)}, p))
+        _atomically(path, lambda p: save_file({"mean": torch.cat(means).contiguous(), "std": torch.cat(stds).contiguous()}, p))
     return load_file(path)
 
 
@@ -167,7 +167,8 @@ def make_tokenizer(work: Path, captions: list[str]):
 def train_denoiser(work: Path, latents, tokenizer, captions, steps: int, batch_size: int = 64, lr: float = 1.5e-3):
     """UNet and text encoder together; returns them with the weights of an exponential moving average."""
     from diffusers import DDPMScheduler, UNet2DConditionModel
-    from diffusers.training_utils import EMAModel
+    from diffusers.models.attention_processor import AttnProcessor
+    from diffusers.training_utils import EMAModel, compute_snr
     from transformers import CLIPTextConfig, CLIPTextModel
 
     torch.manual_seed(SEED)
@@ -179,6 +180,7 @@ def train_denoiser(work: Path, latents, tokenizer, captions, steps: int, batch_s
         **TEXT,
     )
     both = torch.nn.ModuleDict({"text_encoder": CLIPTextModel(config), "unet": UNet2DConditionModel(**UNET)})
+    both["unet"].set_attn_processor(AttnProcessor())  # on the CPU, bf16 flash attention is slow in the backward pass
     optimizer = torch.optim.AdamW(both.parameters(), lr=lr, weight_decay=1e-2, fused=True)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda s: lr_factor(s, steps))
     ema = EMAModel(both.parameters(), decay=0.999, use_ema_warmup=True, power=0.75)
@@ -203,7 +205,9 @@ def train_denoiser(work: Path, latents, tokenizer, captions, steps: int, batch_s
         with torch.autocast("cpu", torch.bfloat16):
             prompt_embeds = both["text_encoder"](ids).last_hidden_state
             predicted = both["unet"](scheduler.add_noise(clean, noise, timesteps), timesteps, prompt_embeds).sample
-        loss = torch.nn.functional.mse_loss(predicted.float(), noise)
+        # min-SNR weighting (Hang et al., 2023, Eq. 6, gamma 5): less weight on fine detail, which is learnt last anyway
+        snr = compute_snr(scheduler, timesteps)
+        loss = ((predicted.float() - noise).square().mean((1, 2, 3)) * snr.clamp(max=5) / snr).mean()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(both.parameters(), 1.0)
         optimizer.step()
@@ -264,7 +268,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--work_dir", type=Path, required=True, help="intermediate results; repeat the command to go on")
     parser.add_argument("--out", type=Path, required=True, help="where the pipeline directory goes")
     parser.add_argument("--vae_steps", type=int, default=3200)
-    parser.add_argument("--steps", type=int, default=4000, help="denoiser steps of 64 pictures")
+    parser.add_argument("--steps", type=int, default=7000, help="denoiser steps of 64 pictures")
     args = parser.parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     args.work_dir.mkdir(parents=True, exist_ok=True)

@@ -1,0 +1,32 @@
+#!/usr/bin/env bash
+# Fine-tunes the embedded model twice, filter off and on, and writes runs/quickstart/report.html.
+# Repeating the command goes on where it stopped; remove runs/quickstart to begin anew.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+source launch/environment.sh
+runs=runs/quickstart
+export OMP_NUM_THREADS=1 # one core for each of the two runs
+
+[ -d "$runs/scenes" ] || memfilter prepare scenes "$runs/scenes"
+
+fine_tune() { # name, tau, further arguments
+    local name="$1" tau="$2"
+    shift 2
+    if [ ! -f "$runs/$name/summary.json" ]; then
+        rm -rf "${runs:?}/$name"
+        python train_filtered.py --config configs/quickstart.yaml --run_dir "$runs/$name" --filter.tau="$tau"
+    fi
+    [ -f "$runs/$name/evaluation.json" ] || memfilter evaluate "$runs/$name"
+}
+
+# tau=inf drops nothing and still measures the norm
+fine_tune off inf &
+off=$!
+fine_tune on 2.5 > "$runs/on.log" 2>&1 &
+on=$!
+failed=0
+wait $off || failed=1
+wait $on || { failed=1; tail -n 20 "$runs/on.log" >&2; }
+[ $failed = 0 ] || { echo "the quickstart failed" >&2; exit 1; }
+
+memfilter report "$runs/off" "$runs/on" "$runs/report.html"

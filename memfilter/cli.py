@@ -1,0 +1,72 @@
+"""The command ``memfilter``. Every function is a subcommand; what it needs is imported when it runs."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+
+def scenes(out: str, seed: int = 0, duplicates: int = 20, repeats: int = 200, distinct: int = 12000) -> None:
+    """Write clipart scenes as webdataset shards with an index of roles and repeats.
+
+    Args:
+        out: directory to make.
+        seed: another seed gives other scenes.
+        duplicates: scenes that are shown many times.
+        repeats: how often each of them is shown.
+        distinct: scenes that are shown once.
+    """
+    from memfilter.data.experiment import prepare_scenes
+
+    print(prepare_scenes(Path(out), seed, duplicates, repeats, distinct))
+
+
+def evaluate(run: str, distinct: int = 20, seeds: int = 4, steps: int = 20, guidance_scale: float = 4.0) -> None:
+    """Generate for a run's duplicate and distinct prompts and measure what is copied.
+
+    Args:
+        run: directory of a finished run on clipart scenes.
+        distinct: prompts of distinct samples beside all the duplicates.
+        seeds: pictures for each prompt.
+        steps: of the sampler.
+        guidance_scale: of classifier-free guidance.
+    """
+    from memfilter.eval.evaluate import evaluate_run
+
+    figures = evaluate_run(Path(run), distinct=distinct, seeds=seeds, steps=steps, guidance_scale=guidance_scale)
+    for kind in ("duplicates", "distinct"):
+        print(f"{kind}: " + ", ".join(f"{name} {value:.3f}" for name, value in figures[kind].items()))
+
+
+def report(off: str, on: str, out: str) -> None:
+    """Write one HTML page that holds a run with the filter against one without.
+
+    Args:
+        off: directory of the run without the filter (filter.tau=inf measures the norms all the same).
+        on: directory of the run with it.
+        out: the page.
+    """
+    from memfilter.eval.report import write_report
+
+    write_report(Path(off), Path(on), Path(out))
+    print(out)
+
+
+def main(argv: list[str] | None = None) -> int:
+    from jsonargparse import auto_cli
+
+    commands = {
+        "prepare": {"_help": "make data to train on", "scenes": scenes},
+        "evaluate": evaluate,
+        "report": report,
+    }
+    try:
+        auto_cli(commands, args=argv, prog="memfilter", as_positional=True)
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,99 @@
+"""Which samples a run sees, how often, and which are duplicates. Duplication happens here, not on disk."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from tqdm import tqdm
+
+from memfilter.data import scenes
+from memfilter.data.shards import Shards, write_shards
+
+ROLES = ("distinct", "duplicate")
+INDEX = "index.parquet"
+DUPLICATES, DISTINCT = 1, 2  # streams of scenes; the base model was trained on stream 0
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """Samples in the order of the index; one that repeats n times counts as n virtual samples."""
+
+    keys: Sequence[str]
+    duplicate: np.ndarray  # bool [N]
+    repeats: np.ndarray  # int [N]
+
+    @classmethod
+    def read(cls, path: str | os.PathLike) -> Experiment:
+        """From a Parquet file with the columns key, role (distinct or duplicate) and repeats.
+
+        Raises:
+            ValueError: a column is missing, a role is unknown, or a sample repeats less than once.
+        """
+        table = pq.read_table(path)
+        if missing := {"key", "role", "repeats"} - set(table.column_names):
+            raise ValueError(f"index {path} lacks the columns {', '.join(sorted(missing))}")
+        roles, repeats = np.array(table["role"].to_pylist()), table["repeats"].to_numpy()
+        if unknown := set(roles) - set(ROLES):
+            raise ValueError(f"index {path} has the roles {sorted(unknown)}: expected {' or '.join(ROLES)}")
+        if (repeats < 1).any():
+            raise ValueError(f"index {path} has a sample that repeats {repeats.min()} times: leave it out instead")
+        return cls(table["key"].to_pylist(), roles == "duplicate", repeats)
+
+    @classmethod
+    def of_shards(cls, shards: Shards) -> Experiment:
+        """Every sample once, none known to be a duplicate."""
+        keys = shards.keys()
+        return cls(keys, np.zeros(len(keys), bool), np.ones(len(keys), int))
+
+    def virtual(self) -> np.ndarray:
+        """Row of every virtual sample, int [sum of repeats]."""
+        return np.repeat(np.arange(len(self.keys)), self.repeats)
+
+    def require(self, shards: Shards) -> None:
+        """Raises ValueError if a sample of the index is not in the shards."""
+        present = set(shards.keys())
+        if missing := [key for key in self.keys if key not in present]:
+            raise ValueError(f"{len(missing)} samples of the index are not in the shards, such as {missing[0]!r}")
+
+
+def scene_of(seed: int, stream: int, index: int) -> scenes.Scene:
+    """A scene of the experiment. In both streams every second caption carries a poster number: being specific does
+    not tell a duplicate."""
+    return scenes.draw(seed, stream, index, specific=index % 2)
+
+
+def prepare_scenes(out: Path, seed: int = 0, duplicates: int = 20, repeats: int = 200, distinct: int = 12_000) -> Path:
+    """Writes clipart scenes as shards and an index; the directory appears when it is complete.
+
+    Args:
+        duplicates, repeats: so many scenes, each to be shown so often.
+        distinct: scenes shown once.
+    """
+    if out.exists():
+        raise FileExistsError(f"{out} exists: remove it or choose another directory")
+    partial = out.with_name(f".{out.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    plan = [(DUPLICATES, i) for i in range(duplicates)] + [(DISTINCT, i) for i in range(distinct)]
+    keys = [f"{number:09d}" for number in range(len(plan))]
+
+    def samples():
+        for key, (stream, index) in zip(tqdm(keys, desc="scenes"), plan, strict=True):
+            scene = scene_of(seed, stream, index)
+            yield key, scenes.render(scene), scene.caption, scene.facts()
+
+    write_shards(samples(), partial)
+    table = {
+        "key": keys,
+        "role": ["duplicate" if stream == DUPLICATES else "distinct" for stream, _ in plan],
+        "repeats": [repeats if stream == DUPLICATES else 1 for stream, _ in plan],
+    }
+    pq.write_table(pa.table(table), partial / INDEX)
+    partial.rename(out)
+    return out

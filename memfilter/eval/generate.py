@@ -1,0 +1,41 @@
+"""Pictures from a pipeline for a list of prompts: the same noise for the same (prompt number, seed) on every model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+
+def generate(
+    pipeline,
+    prompts: Sequence[str],
+    seeds: Sequence[int] = (0, 1, 2, 3),
+    *,
+    steps: int = 20,
+    guidance_scale: float = 4.0,
+    batch_size: int = 16,
+    progress: bool = True,
+) -> np.ndarray:
+    """uint8 [prompts, seeds, H, W, 3].
+
+    Args:
+        pipeline: a StableDiffusionPipeline, or one that is called alike.
+        steps: of the pipeline's own scheduler.
+    """
+    jobs = [(i, prompt, seed) for i, prompt in enumerate(prompts) for seed in seeds]
+    pictures = []
+    for start in tqdm(range(0, len(jobs), batch_size), desc="generate", disable=not progress):
+        batch = jobs[start : start + batch_size]
+        out = pipeline(
+            [prompt for _, prompt, _ in batch],
+            generator=[torch.Generator().manual_seed(seed * 1_000_003 + i) for i, _, seed in batch],
+            num_inference_steps=steps,
+            guidance_scale=guidance_scale,
+            output_type="np",
+        )
+        pictures.append(np.round(out.images * 255).astype(np.uint8))
+    stacked = np.concatenate(pictures)
+    return stacked.reshape(len(prompts), len(seeds), *stacked.shape[1:])

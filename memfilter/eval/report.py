@@ -1,0 +1,315 @@
+"""One page that compares a run without the filter to the same run with it."""
+
+from __future__ import annotations
+
+import base64
+import json
+import math
+import os
+from dataclasses import dataclass
+from io import BytesIO
+from pathlib import Path
+
+import jinja2
+import numpy as np
+import plotly.graph_objects as go
+import pyarrow.parquet as pq
+from markupsafe import Markup
+from PIL import Image
+from plotly.offline import get_plotlyjs
+
+FILES = ("metrics.jsonl", "audit.parquet", "summary.json", "evaluation.json", "evaluation.npz")
+GROUPS = ("duplicates", "distinct")
+BIN = 100  # timesteps
+# both read well on white and on black, and the colour-blind tell them apart
+COLOURS = {"duplicates": "#e8590c", "distinct": "#3b8ad9"}
+SYMBOLS = {"duplicates": "circle", "distinct": "diamond"}
+INERT = {"data.workers", "train.gradient_checkpointing"}  # may differ without changing what is learned
+
+FIGURES = {
+    "memorization_rate": ("Memorization rate", "Share of generations that count as copies."),
+    "copy_similarity": (
+        "Copy similarity",
+        "Mean similarity of a generation to the training picture of its prompt; 1 is the same picture.",
+    ),
+    "agreement": (
+        "Agreement of picture and caption",
+        "Mean probability that a generation shows the object and exactly the background colours of its caption, "
+        "by a small scorer of this project. It is not a CLIP score.",
+    ),
+    "seed_agreement": (
+        "Seed agreement",
+        "Mean similarity of one prompt's generations to each other; 1 means that every seed gives the same picture.",
+    ),
+}
+
+
+class ReportError(ValueError):
+    """Two runs that cannot be compared; the message has one line for each reason."""
+
+
+@dataclass
+class Run:
+    """What a run directory says."""
+
+    directory: Path
+    metrics: list[dict]
+    audit: dict[str, np.ndarray]
+    summary: dict
+    evaluation: dict
+    generations: np.ndarray  # uint8 [P, S, H, W, 3]
+    training: np.ndarray  # uint8 [P, H, W, 3]
+
+    @classmethod
+    def read(cls, directory: Path) -> Run:
+        audit = pq.read_table(directory / "audit.parquet", columns=["position", "duplicate", "timestep", "text_norm"])
+        with np.load(directory / "evaluation.npz") as pictures:
+            generations, training = pictures["generations"], pictures["training"]
+        return cls(
+            directory,
+            [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()],
+            {name: audit[name].to_numpy() for name in audit.column_names},
+            json.loads((directory / "summary.json").read_text()),
+            json.loads((directory / "evaluation.json").read_text()),
+            generations,
+            training,
+        )
+
+    @property
+    def filter(self) -> dict:
+        return self.summary["config"]["filter"]
+
+    @property
+    def tau(self) -> float | None:
+        return self.filter["tau"]
+
+
+def write_report(off: Path, on: Path, out: Path) -> None:
+    """Compares two runs that differ in the filter alone, on one HTML page that needs no network.
+
+        write_report(Path("runs/quickstart/off"), Path("runs/quickstart/on"), Path("runs/quickstart/report.html"))
+
+    Args:
+        off: run directory with metrics.jsonl, audit.parquet, summary.json, evaluation.json and evaluation.npz, trained
+            with ``filter.tau`` inf (or null, which leaves its norms out of the page).
+        on: the same, trained with a finite ``filter.tau``.
+        out: the page; replaced only when all of it is written.
+
+    Raises:
+        ReportError: a file is missing, or the runs differ in more than the filter.
+    """
+    off, on, out = Path(off), Path(on), Path(out)
+    missing = [f"{d / name} is missing; train and evaluate this run first"
+               for d in (off, on) for name in FILES if not (d / name).is_file()]  # fmt: skip
+    if missing:
+        raise ReportError("\n".join(missing))
+    runs = {"off": Run.read(off), "on": Run.read(on)}
+    if errors := _incomparable(runs["off"], runs["on"]):
+        raise ReportError("\n".join(errors))
+    page = _render(**runs)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    partial = out.with_name(f".{out.name}.partial")
+    partial.write_text(page, encoding="utf-8")
+    os.replace(partial, out)
+
+
+def _incomparable(off: Run, on: Run) -> list[str]:
+    errors, both = [], f"{off.directory} and {on.directory}"
+    if off.tau is not None and math.isfinite(off.tau):
+        errors.append(f"{off.directory} must have trained without filter (filter.tau inf), found {off.tau}")
+    if on.tau is None or not math.isfinite(on.tau):
+        errors.append(f"{on.directory} must have trained with the filter (a finite filter.tau), found {on.tau}")
+    settings = [_settings(run.summary["config"]) for run in (off, on)]
+    for name in sorted(settings[0].keys() | settings[1].keys()):
+        a, b = (s.get(name) for s in settings)
+        if a != b:
+            errors.append(f"{name} must be the same in {both}, found {a!r} and {b!r}; train one of them again")
+    for name in ("measure", "memorized_above", "steps", "guidance_scale"):
+        a, b = (run.evaluation[name] for run in (off, on))
+        if a != b:
+            errors.append(f"evaluation.json: {name} must be the same in {both}, found {a!r} and {b!r}; "
+                          "evaluate both again")  # fmt: skip
+    asked = [[(p["key"], p["caption"], p["duplicate"], len(p["similarity"])) for p in run.evaluation["prompts"]]
+             for run in (off, on)]  # fmt: skip
+    if asked[0] != asked[1] or not np.array_equal(off.training, on.training):
+        errors.append(f"{both} were evaluated on different prompts, seeds or training pictures; evaluate both again")
+    for run in (off, on):
+        expected = [len(p["similarity"]) for p in run.evaluation["prompts"]]
+        found = run.generations.shape[:2]
+        if any((len(expected), count) != found for count in expected) or len(run.training) != len(expected):
+            errors.append(f"{run.directory / 'evaluation.npz'} does not fit evaluation.json: {len(expected)} prompts, "
+                          f"found generations {found}, training {len(run.training)}; evaluate again")  # fmt: skip
+    return errors
+
+
+def _settings(config: dict) -> dict:
+    """All settings that make the samples, the base or the updates what they are, by dotted name."""
+    settings = {f"{section}.{name}": value for section in ("model", "data", "train")
+                for name, value in config.get(section, {}).items()}  # fmt: skip
+    settings["filter.unit"] = config["filter"].get("unit")  # or tau means nothing to the other run
+    return {name: value for name, value in settings.items() if name not in INERT}
+
+
+def _render(off: Run, on: Run) -> str:
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("memfilter", "eval"),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    prompts = off.evaluation["prompts"]
+    counts = {group: sum(p["duplicate"] == (group == "duplicates") for p in prompts) for group in GROUPS}
+    panels = {"off": _by_timestep(off), "on": _by_timestep(on)}
+    # one scale, or the two charts cannot be compared by eye
+    highest = max([on.tau, *(row[3] for panel in panels.values() for rows in panel.values() for row in rows)])
+    unit = on.filter.get("unit", "l2")
+    norms = {name: _norm_chart(panel, on.tau, highest * 1.08, unit) if panel else None
+             for name, panel in panels.items()}  # fmt: skip
+    return environment.get_template("report.html.jinja").render(
+        off=off,
+        on=on,
+        evaluation=off.evaluation,
+        base=off.summary["config"].get("model", {}).get("path"),
+        counts=counts,
+        seeds=off.generations.shape[1],
+        table=_table(off, on),
+        rows=_gallery(off, on),
+        plotlyjs=Markup(get_plotlyjs()),
+        drop_rates=_html(_drop_rate_chart(on.metrics), "drop-rates"),
+        norms={name: chart and _html(chart, f"norms-{name}") for name, chart in norms.items()},
+    )
+
+
+def _table(off: Run, on: Run) -> list[dict]:
+    """Headline figures: rows of label, meaning and lines of (group, off, on)."""
+
+    def row(label: str, meaning: str, form: str, *lines: tuple) -> dict:
+        return {"label": label, "meaning": meaning, "lines": [(g, _text(a, form), _text(b, form)) for g, a, b in lines]}
+
+    table = []
+    for name, (label, meaning) in FIGURES.items():
+        a, b = ([run.evaluation.get(group, {}).get(name) for group in GROUPS] for run in (off, on))
+        form = "{:.1%}" if name == "memorization_rate" else "{:.2f}"
+        table.append(row(label, meaning, form, *zip(GROUPS, a, b, strict=True)))
+    a, b = ([run.summary.get(f"filter/drop_rate_{group}") for group in GROUPS] for run in (off, on))
+    meaning = "Share of the checked training samples that were left out of the loss, over the whole run."
+    table.append(row("Drop rate", meaning, "{:.1%}", *zip(GROUPS, a, b, strict=True)))
+    meaning = ("Both runs measure the norm, so the difference is not what the filter costs." if off.tau is not None
+               else "Only the run with the filter makes the extra pass.")  # fmt: skip
+    seconds = ("whole run", off.summary["seconds"], on.summary["seconds"])
+    return [*table, row("Training seconds", meaning, "{:,.0f}", seconds)]
+
+
+def _text(value: float | None, form: str) -> str:
+    return "–" if value is None or math.isnan(value) else form.format(value)
+
+
+def _gallery(off: Run, on: Run) -> list[dict]:
+    """What the page shows of each prompt."""
+    limit, rows = off.evaluation["memorized_above"], []
+    for i, prompt in enumerate(off.evaluation["prompts"]):
+        sides = []
+        for run in (off, on):
+            shots = zip(run.generations[i], run.evaluation["prompts"][i]["similarity"], strict=True)
+            # + 0.0 turns -0.0 into 0.0
+            sides.append([{"png": _png(picture), "similarity": round(similarity, 2) + 0.0,
+                           "memorized": similarity > limit} for picture, similarity in shots])  # fmt: skip
+        rows.append({"prompt": prompt, "training": _png(off.training[i]), "sides": sides})
+    return rows
+
+
+def _png(pixels: np.ndarray) -> str:
+    """uint8 [H, W, 3] -> data URL."""
+    file = BytesIO()
+    Image.fromarray(pixels).save(file, "PNG", optimize=True)
+    return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
+
+
+def _by_timestep(run: Run) -> dict[str, list[tuple[int, float, float, float, int]]]:
+    """Group -> rows of (bin, 10% quantile, median, 90% quantile, samples) over the last half of the run."""
+    late = run.audit["position"] >= run.summary["samples"] / 2
+    duplicate, norm = run.audit["duplicate"][late], run.audit["text_norm"][late]
+    bins = run.audit["timestep"][late] // BIN
+    panel = {}
+    for group in GROUPS:
+        inside = duplicate == (group == "duplicates")
+        rows = [(int(b), *np.quantile(norm[inside & (bins == b)], (0.1, 0.5, 0.9)).tolist(),
+                 int((inside & (bins == b)).sum())) for b in np.unique(bins[inside])]  # fmt: skip
+        if rows:
+            panel[group] = rows
+    return panel
+
+
+def _norm_chart(panel: dict, tau: float, top: float, unit: str) -> go.Figure:
+    figure = _figure("timestep", f"text norm ({unit})")
+    for group, rows in panel.items():
+        bins, low, median, high, count = (list(column) for column in zip(*rows, strict=True))
+        x = [(b + 0.5) * BIN for b in bins]
+        edge = {"mode": "lines", "line": {"width": 0}, "hoverinfo": "skip", "showlegend": False, "legendgroup": group}
+        band = f"rgba({', '.join(str(int(COLOURS[group][i : i + 2], 16)) for i in (1, 3, 5))}, 0.22)"
+        figure.add_scatter(x=x, y=high, **edge)
+        figure.add_scatter(x=x, y=low, fill="tonexty", fillcolor=band, **edge)
+        figure.add_scatter(
+            x=x,
+            y=median,
+            name=group,
+            legendgroup=group,
+            zorder=1,  # above the other group's band
+            customdata=[(b * BIN, (b + 1) * BIN - 1, *rest) for b, *rest in zip(bins, low, high, count, strict=True)],
+            hovertemplate="timesteps %{customdata[0]} to %{customdata[1]}<br>median %{y:.2f}, 10–90%: "
+            "%{customdata[2]:.2f} to %{customdata[3]:.2f}<br>%{customdata[4]} samples",
+            **_line(group),
+        )
+    figure.add_hline(
+        tau, line={"dash": "dash", "width": 1.5, "color": "#888"}, annotation_text=f"tau = {tau:g}",
+        annotation_position="top right",
+    )  # fmt: skip
+    figure.update_xaxes(range=[0, BIN * (1 + max(rows[-1][0] for rows in panel.values()))])
+    figure.update_yaxes(range=[0, top])
+    return figure
+
+
+def _drop_rate_chart(metrics: list[dict]) -> go.Figure:
+    figure = _figure("samples seen", "drop rate")
+    for group in GROUPS:
+        figure.add_scatter(
+            x=[line["samples"] for line in metrics],
+            y=[line.get(f"filter/drop_rate_{group}") for line in metrics],
+            name=group,
+            hovertemplate="%{y:.1%} up to sample %{x:,}",
+            **_line(group),
+        )
+    figure.update_xaxes(tickformat=",d", rangemode="tozero")
+    figure.update_yaxes(tickformat=".0%", rangemode="tozero")
+    return figure
+
+
+def _line(group: str) -> dict:
+    colour = COLOURS[group]
+    return {
+        "mode": "lines+markers",
+        "line": {"color": colour, "width": 2},
+        "marker": {"symbol": SYMBOLS[group], "size": 7, "color": colour},
+    }
+
+
+def _figure(x: str, y: str) -> go.Figure:
+    # backgrounds are left to the page, which knows light from dark
+    return go.Figure(
+        layout={
+            "template": "none",
+            "paper_bgcolor": "rgba(0,0,0,0)",
+            "plot_bgcolor": "rgba(0,0,0,0)",
+            "margin": {"l": 60, "r": 20, "t": 40, "b": 50},
+            "legend": {"orientation": "h", "x": 0, "y": 1.02, "yanchor": "bottom"},
+            "xaxis": {"title": {"text": x}, "zeroline": False, "fixedrange": True},
+            "yaxis": {"title": {"text": y}, "zeroline": False, "fixedrange": True},
+            "font": {"family": "system-ui, sans-serif", "size": 13},
+        }
+    )
+
+
+def _html(figure: go.Figure, name: str) -> Markup:
+    config = {"displayModeBar": False, "responsive": True}
+    return Markup(figure.to_html(config, full_html=False, include_plotlyjs=False, default_height="340px", div_id=name))

@@ -1,0 +1,69 @@
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def _seeded():
+    torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _fresh_accelerate():
+    """accelerate keeps its settings for the whole process; here every test brings its own."""
+    yield
+    from accelerate.state import AcceleratorState
+
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.fixture
+def tiny_unet():
+    """Factory: tiny_unet(seed, **config) is a UNet2DConditionModel of 200k weights in train mode."""
+    from diffusers import UNet2DConditionModel
+
+    def make(seed: int = 0, **config) -> UNet2DConditionModel:
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            return UNet2DConditionModel(**TINY | config).train()
+
+    return make
+
+
+@pytest.fixture
+def tiny_batch():
+    """Factory: tiny_batch(seed, size) gives latents [B, 4, 8, 8], timesteps [B], embeddings [B, 5, 16], target."""
+
+    def make(seed: int = 0, size: int = 4):
+        g = torch.Generator().manual_seed(seed)
+        latents, target = torch.randn(2, size, 4, 8, 8, generator=g)
+        return latents, torch.randint(1000, (size,), generator=g), torch.randn(size, 5, 16, generator=g), target
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def scenes_dir(tmp_path_factory):
+    """Clipart scenes as a user would prepare them: 4 duplicates 20 times each and 100 distinct samples."""
+    from memfilter.data.experiment import prepare_scenes
+
+    return prepare_scenes(tmp_path_factory.mktemp("data") / "scenes", seed=5, duplicates=4, repeats=20, distinct=100)
+
+
+TINY = {
+    "sample_size": 8,
+    "in_channels": 4,
+    "out_channels": 4,
+    "layers_per_block": 1,
+    "block_out_channels": (16, 32),
+    "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
+    "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
+    "cross_attention_dim": 16,
+    "attention_head_dim": 8,
+    "norm_num_groups": 8,
+}

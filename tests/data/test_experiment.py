@@ -1,0 +1,120 @@
+import re
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from memfilter.data import experiment as module
+from memfilter.data import scenes
+from memfilter.data.experiment import Experiment, prepare_scenes
+from memfilter.data.shards import Shards
+
+PLAN = {"seed": 3, "duplicates": 6, "repeats": 5, "distinct": 14}
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory):
+    return prepare_scenes(tmp_path_factory.mktemp("prepared") / "scenes", **PLAN)
+
+
+def write_index(path, **columns):
+    table = {"key": ["a", "b", "c"], "role": ["duplicate", "distinct", "distinct"], "repeats": [3, 1, 2]} | columns
+    pq.write_table(pa.table({name: column for name, column in table.items() if column is not None}), path)
+    return path
+
+
+def contents(directory) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in directory.iterdir()}
+
+
+def test_preparing_twice_writes_identical_bytes(prepared, tmp_path):
+    again = contents(prepare_scenes(tmp_path / "again", **PLAN))
+    assert again == contents(prepared)
+    other = contents(prepare_scenes(tmp_path / "other", **PLAN | {"seed": 4}))
+    assert other.keys() == again.keys() and other["00000.tar"] != again["00000.tar"]
+
+
+def test_index_says_which_scenes_repeat(prepared):
+    table = pq.read_table(prepared / module.INDEX).to_pydict()
+    assert table["role"] == ["duplicate"] * 6 + ["distinct"] * 14
+    assert table["repeats"] == [5] * 6 + [1] * 14
+    assert table["key"] == Shards.open(prepared).keys() and len(set(table["key"])) == 20
+
+
+def test_half_of_both_roles_captions_carry_the_poster_template(prepared):
+    index, shards = Experiment.read(prepared / module.INDEX), Shards.open(prepared)
+    poster = np.array([bool(re.search(r", limited edition poster no \d+$", shards.caption(k))) for k in index.keys])
+    assert poster[index.duplicate].sum() == 3 and poster[~index.duplicate].sum() == 7
+
+
+def test_pictures_captions_and_facts_belong_together(prepared):
+    shards = Shards.open(prepared)
+    for key in shards.keys()[::3]:
+        facts = shards.facts(key)
+        assert facts.pop("key") == key
+        scene = scenes.Scene(**facts | {"colours": tuple(facts["colours"])})
+        assert shards.caption(key) == scene.caption
+        np.testing.assert_array_equal(np.asarray(shards.image(key)), np.asarray(scenes.render(scene)))
+
+
+def test_no_scene_stands_in_both_roles(prepared):
+    shards = Shards.open(prepared)
+    assert len({shards.image(key).tobytes() for key in shards.keys()}) == 20
+
+
+def test_existing_directory_is_never_written_to(prepared):
+    before = contents(prepared)
+    with pytest.raises(FileExistsError, match=f"{prepared} exists"):
+        prepare_scenes(prepared, seed=9, duplicates=1, repeats=2, distinct=1)
+    assert contents(prepared) == before
+
+
+def test_interrupted_preparation_leaves_no_directory_and_can_be_repeated(prepared, tmp_path, monkeypatch):
+    render, calls = scenes.render, []
+
+    def interrupted(scene):
+        calls.append(scene)
+        if len(calls) == 8:
+            raise KeyboardInterrupt
+        return render(scene)
+
+    monkeypatch.setattr(scenes, "render", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        prepare_scenes(tmp_path / "scenes", **PLAN)
+    assert not (tmp_path / "scenes").exists()
+    (tmp_path / ".scenes.partial" / "00007.tar").write_text("left behind")
+    assert contents(prepare_scenes(tmp_path / "scenes", **PLAN)) == contents(prepared)
+    assert [path.name for path in tmp_path.iterdir()] == ["scenes"]
+
+
+def test_index_is_read_as_written_and_repeats_count_as_virtual_samples(tmp_path):
+    index = Experiment.read(write_index(tmp_path / "i.parquet"))
+    assert index.keys == ["a", "b", "c"]
+    assert index.duplicate.tolist() == [True, False, False]
+    assert index.virtual().tolist() == [0, 0, 0, 1, 2, 2]
+
+
+@pytest.mark.parametrize(
+    "columns, message",
+    [({"role": None}, "lacks the columns role"), ({"role": None, "repeats": None}, "lacks the columns repeats, role"),
+     ({"role": ["duplicate", "twin", "distinct"]}, "twin.*expected distinct or duplicate"),
+     ({"repeats": [1, 0, 2]}, "repeats 0 times"), ({"repeats": [1, -4, 2]}, "repeats -4 times")],
+)  # fmt: skip
+def test_index_that_makes_no_sense_is_refused_by_name(tmp_path, columns, message):
+    with pytest.raises(ValueError, match=f"i.parquet.*{message}"):
+        Experiment.read(write_index(tmp_path / "i.parquet", **columns))
+
+
+def test_shards_without_index_count_every_sample_once(prepared):
+    shards = Shards.open(prepared)
+    index = Experiment.of_shards(shards)
+    assert index.keys == shards.keys()
+    assert not index.duplicate.any() and index.virtual().tolist() == list(range(20))
+
+
+def test_sample_that_is_not_in_the_shards_is_refused_by_name(prepared, tmp_path):
+    shards = Shards.open(prepared)
+    Experiment.read(prepared / module.INDEX).require(shards)
+    with pytest.raises(ValueError, match="3 samples.*'a'"):
+        Experiment.read(write_index(tmp_path / "i.parquet")).require(shards)

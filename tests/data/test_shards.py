@@ -1,0 +1,236 @@
+import io
+import json
+import os
+import random
+import tarfile
+
+import numpy as np
+import pytest
+import webdataset
+from PIL import Image
+
+from memfilter.data.shards import ShardError, Shards, write_shards
+
+
+def picture(seed: int) -> Image.Image:
+    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (20, 24, 3), dtype=np.uint8))
+
+
+def encoded(seed: int, form: str = "png", **options) -> bytes:
+    buffer = io.BytesIO()
+    picture(seed).save(buffer, form, **options)
+    return buffer.getvalue()
+
+
+def write_tar(path, members: list[tuple[str, bytes]]):
+    with tarfile.open(path, "w") as tar:
+        for name, content in members:
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+    return path
+
+
+@pytest.fixture
+def directory(tmp_path):
+    """Seven samples in three shards."""
+    out = tmp_path / "shards"
+    write_shards(((f"{i:03d}", picture(i), f"caption é {i}", {"number": i}) for i in range(7)), out, per_shard=3)
+    return out
+
+
+def test_random_access_gives_what_webdataset_reads(directory):
+    tars = sorted(directory.glob("*.tar"))
+    assert len(tars) == 3
+    samples = {s["__key__"]: s for s in webdataset.WebDataset([str(tar) for tar in tars], shardshuffle=False)}
+    shards = Shards.open(directory)
+    assert shards.keys() == sorted(samples) and len(samples) == 7
+    for key in random.Random(0).sample(shards.keys(), 7):
+        expected = np.asarray(Image.open(io.BytesIO(samples[key]["png"])))
+        np.testing.assert_array_equal(np.asarray(shards.image(key)), expected)
+        assert shards.caption(key) == samples[key]["txt"].decode()
+        assert shards.facts(key) == json.loads(samples[key]["json"])
+
+
+def test_one_tar_file_is_a_source_too(directory):
+    assert Shards.open(directory / "00001.tar").keys() == ["003", "004", "005"]
+
+
+def test_same_samples_give_the_same_bytes(directory, tmp_path):
+    again = tmp_path / "again"
+    write_shards(((f"{i:03d}", picture(i), f"caption é {i}", {"number": i}) for i in range(7)), again, per_shard=3)
+    for tar in directory.glob("*.tar"):
+        assert tar.read_bytes() == (again / tar.name).read_bytes()
+
+
+@pytest.mark.parametrize("form, suffix", [("png", "png"), ("jpeg", "jpg"), ("jpeg", "jpeg"), ("webp", "webp")])
+def test_every_form_of_picture_is_decoded(tmp_path, form, suffix):
+    content = encoded(1, form)
+    shards = Shards.open(write_tar(tmp_path / "a.tar", [(f"x.{suffix}", content)]))
+    expected = np.asarray(Image.open(io.BytesIO(content)).convert("RGB"))
+    np.testing.assert_array_equal(np.asarray(shards.image("x")), expected)
+
+
+@pytest.mark.parametrize("mode", ["L", "P", "RGBA", "1", "I;16"])
+def test_picture_of_another_mode_comes_out_as_rgb(tmp_path, mode):
+    buffer = io.BytesIO()
+    (Image.new(mode, (4, 4)) if mode == "I;16" else picture(0).convert(mode)).save(buffer, "png")
+    shards = Shards.open(write_tar(tmp_path / "a.tar", [("x.png", buffer.getvalue())]))
+    assert shards.image("x").mode == "RGB"
+
+
+def test_sample_without_caption_or_facts_has_empty_ones(tmp_path):
+    shards = Shards.open(write_tar(tmp_path / "a.tar", [("x.png", encoded(0)), ("alone.txt", b"no picture")]))
+    assert shards.keys() == ["x"]
+    assert shards.caption("x") == "" and shards.facts("x") == {}
+
+
+def test_suffixes_are_found_in_capitals_as_webdataset_finds_them(tmp_path):
+    path = write_tar(tmp_path / "a.tar", [("x.PNG", encoded(0)), ("x.Txt", b"hello")])
+    sample = next(iter(webdataset.WebDataset(str(path), shardshuffle=False)))
+    assert sample["txt"] == b"hello"
+    shards = Shards.open(path)
+    assert shards.keys() == ["x"] and shards.caption("x") == "hello"
+
+
+def test_shard_that_is_cut_anywhere_in_its_samples_is_an_error_that_names_it(directory):
+    tar = directory / "00001.tar"
+    with tarfile.open(tar) as whole:
+        whole.getmembers()
+        end = whole.offset  # zeros follow
+    content = tar.read_bytes()
+    for cut in range(0, end + 1, 64):
+        tar.write_bytes(content[:cut])
+        with pytest.raises(ShardError, match="00001.tar"):
+            Shards.open(directory)
+    tar.write_bytes(content)
+    assert len(Shards.open(directory).keys()) == 7
+
+
+def test_shard_with_a_broken_header_in_the_middle_is_an_error_that_names_it(directory):
+    tar = directory / "00001.tar"
+    with tarfile.open(tar) as whole:
+        offset = whole.getmembers()[4].offset
+    content = bytearray(tar.read_bytes())
+    content[offset : offset + 512] = b"\xff" * 512
+    tar.write_bytes(content)
+    with pytest.raises(ShardError, match="00001.tar"):
+        Shards.open(directory)
+
+
+@pytest.mark.parametrize("content", [b"", b"hello", b"\xff" * 5000, encoded(0)], ids=["empty", "text", "bytes", "png"])
+def test_file_that_is_no_tar_is_an_error_that_names_it(directory, content):
+    (directory / "00009.tar").write_bytes(content)
+    with pytest.raises(ShardError, match="00009.tar"):
+        Shards.open(directory)
+
+
+@pytest.mark.parametrize("source", ["missing", "missing.tar", "empty"])
+def test_missing_source_is_an_error_that_names_it(tmp_path, source):
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ShardError, match=f"no shard found.*{source}"):
+        Shards.open(tmp_path / source)
+
+
+def test_dangling_link_is_an_error_that_names_it(directory):
+    (directory / "00009.tar").symlink_to("nowhere")
+    with pytest.raises(ShardError, match="00009.tar"):
+        Shards.open(directory)
+
+
+@pytest.mark.parametrize("read", [Shards.image, Shards.caption, Shards.facts])
+def test_shard_that_vanished_meanwhile_is_an_error_that_names_it(directory, read):
+    shards = Shards.open(directory)
+    (directory / "00001.tar").unlink()
+    with pytest.raises(ShardError, match="00001.tar"):
+        read(shards, "004")
+
+
+def test_key_that_stands_twice_is_an_error_that_names_it_and_both_shards(directory):
+    write_tar(directory / "00009.tar", [("004.png", encoded(0))])
+    with pytest.raises(ShardError, match="'004'.*00001.tar.*00009.tar"):
+        Shards.open(directory)
+    path = write_tar(directory.parent / "one.tar", [("x.png", encoded(0)), ("x.png", encoded(1))])
+    with pytest.raises(ShardError, match="'x' stands twice"):
+        Shards.open(path)
+
+
+def test_hidden_files_are_no_samples_as_for_webdataset(tmp_path):
+    tars = [
+        write_tar(tmp_path / f"{x}.tar", [(".DS_Store", b"x"), (f"._{x}.png", b"x"), (f"{x}.png", encoded(0))])
+        for x in "ab"
+    ]
+    expected = [s["__key__"] for s in webdataset.WebDataset([str(tar) for tar in tars], shardshuffle=False)]
+    assert Shards.open(tmp_path).keys() == expected == ["a", "b"]
+
+
+def test_names_that_point_outside_lead_nowhere(tmp_path):
+    secret = tmp_path / "secret.txt"
+    secret.write_text("secret")
+    inside = tmp_path / "inside"
+    inside.mkdir()
+    tar = write_tar(
+        inside / "a.tar",
+        [("../../up.png", encoded(1)), (str(secret), b"harmless"), (f"{tmp_path}/planted.png", encoded(2))],
+    )
+    with tarfile.open(tar, "a") as archive:
+        for kind, name in ((tarfile.SYMTYPE, "link.png"), (tarfile.LNKTYPE, "hard.png"), (tarfile.SYMTYPE, "up.txt")):
+            info = tarfile.TarInfo(name)
+            info.type, info.linkname = kind, str(secret)
+            archive.addfile(info)
+    before = sorted(tmp_path.rglob("*"))
+    shards = Shards.open(inside)
+    assert shards.keys() == ["planted", "up"]
+    np.testing.assert_array_equal(np.asarray(shards.image("up")), np.asarray(picture(1)))
+    np.testing.assert_array_equal(np.asarray(shards.image("planted")), np.asarray(picture(2)))
+    assert shards.caption("secret") == "harmless"  # of the archive, not of the file
+    assert shards.caption("up") == ""
+    assert sorted(tmp_path.rglob("*")) == before and secret.read_text() == "secret"
+
+
+def test_picture_that_cannot_be_decoded_is_an_error_that_names_sample_and_shard(tmp_path):
+    path = write_tar(tmp_path / "a.tar", [("x.png", b"no picture"), ("y.jpg", encoded(0, "jpeg")[:200])])
+    for key in "xy":
+        with pytest.raises(ShardError, match=f"'{key}' in .*a.tar"):
+            Shards.open(path).image(key)
+
+
+def test_picture_with_flipped_bytes_is_decoded_or_a_shard_error(tmp_path):
+    rng = random.Random(0)
+    whole = encoded(0)
+    contents = [bytearray(whole) for _ in range(300)]
+    for content in contents[1:]:
+        content[rng.randrange(len(content))] = rng.randrange(256)
+    chunk = whole.index(b"IDAT")
+    length = int.from_bytes(whole[chunk - 4 : chunk], "big")
+    for less in range(1, 200, 10):  # the next chunk begins in the middle of this one: a SyntaxError of Pillow's
+        contents.append(bytearray(whole[: chunk - 4] + (length - less).to_bytes(4, "big") + whole[chunk:]))
+    path = write_tar(tmp_path / "a.tar", [(f"{i}.png", bytes(content)) for i, content in enumerate(contents)])
+    shards, outcomes = Shards.open(path), set()
+    for key in shards.keys():
+        try:
+            outcomes.add(shards.image(key).mode)
+        except ShardError as error:
+            assert f"'{key}'" in str(error)
+            outcomes.add("error")
+    assert outcomes == {"RGB", "error"}
+
+
+def test_facts_that_are_no_json_are_an_error_that_names_sample_and_shard(tmp_path):
+    path = write_tar(tmp_path / "a.tar", [("x.png", encoded(0)), ("x.json", b"{broken")])
+    with pytest.raises(ShardError, match="'x' in .*a.tar"):
+        Shards.open(path).facts("x")
+
+
+def test_a_forked_reader_reads_through_a_descriptor_of_its_own(directory):
+    shards = Shards.open(directory)
+    shards.image("000")
+    parent = set(shards._descriptors.values())
+    read, write = os.pipe()
+    if (child := os.fork()) == 0:
+        shards.image("000")
+        own = set(shards._descriptors.values()) - parent
+        os.write(write, str(len(own)).encode())
+        os._exit(0)
+    os.waitpid(child, 0)
+    assert os.read(read, 10) == b"1"

@@ -1,0 +1,108 @@
+"""The loop as a whole: what a run depends on, and what it does not."""
+
+import copy
+import json
+
+import pyarrow.parquet as pq
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from memfilter.config import Config, ConfigError, DataConfig, FilterConfig, LogConfig, TrainConfig
+from memfilter.filter import EmptySteps, NonFiniteNorm
+from memfilter.train import loop
+from memfilter.train.models import model_dir
+
+
+def run(tmp_path, scenes_dir, name="run", tau=2.5, **settings):
+    caption_dropout = settings.pop("caption_dropout", 0.1)
+    settings = {"samples": 24, "batch_size": 4, "learning_rate": 1e-4, "ema_decay": 0.0} | settings
+    config = Config(
+        run_dir=str(tmp_path / name),
+        data=DataConfig(shards=str(scenes_dir), caption_dropout=caption_dropout),
+        filter=FilterConfig(tau=tau, max_empty_steps=4),
+        train=TrainConfig(**settings),
+        log=LogConfig(every=8),
+    )
+    summary = loop.train(config, progress=False)
+    return summary, load_file(tmp_path / name / "pipeline" / "unet" / "diffusion_pytorch_model.safetensors")
+
+
+def audit(tmp_path, name):
+    return pq.read_table(tmp_path / name / "audit.parquet").to_pylist()
+
+
+def test_same_seed_gives_the_same_weights_bit_for_bit_and_another_seed_does_not(tmp_path, scenes_dir):
+    first, second, other = (run(tmp_path, scenes_dir, f"run{i}", seed=seed)[1] for i, seed in enumerate((1, 1, 2)))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert any(not torch.equal(first[name], other[name]) for name in first)
+    assert audit(tmp_path, "run0") == audit(tmp_path, "run1")
+
+
+def test_what_is_drawn_for_a_sample_does_not_depend_on_batch_size_and_accumulation(tmp_path, scenes_dir):
+    # a learning rate of nothing: the norms then depend on the draws alone
+    run(tmp_path, scenes_dir, "a", tau=float("inf"), batch_size=8, learning_rate=1e-30)
+    run(tmp_path, scenes_dir, "b", tau=float("inf"), batch_size=2, accumulation=3, learning_rate=1e-30)
+    a, b = audit(tmp_path, "a"), audit(tmp_path, "b")
+    assert [row["position"] for row in a] == [row["position"] for row in b]
+    for x, y in zip(a, b, strict=True):
+        assert (x["key"], x["timestep"]) == (y["key"], y["timestep"])
+        assert x["text_norm"] == pytest.approx(y["text_norm"], rel=1e-4)
+
+
+def test_tau_inf_ends_in_the_weights_of_a_run_without_the_extra_pass(tmp_path, scenes_dir):
+    _, measured = run(tmp_path, scenes_dir, "measured", tau=float("inf"), mixed_precision="bf16")
+    summary, plain = run(tmp_path, scenes_dir, "plain", tau=None, mixed_precision="bf16")
+    assert all(torch.equal(measured[name], plain[name]) for name in plain)
+    assert "filter/seen" not in summary
+    assert audit(tmp_path, "plain") == []
+
+
+def test_run_that_keeps_nothing_leaves_the_base_untouched_and_then_gives_up(tmp_path, scenes_dir):
+    nothing = {"tau": 1e-6, "caption_dropout": 0.0}
+    summary, weights = run(tmp_path, scenes_dir, samples=12, ema_decay=0.5, **nothing)
+    base = load_file(model_dir("scenes") / "unet" / "diffusion_pytorch_model.safetensors")
+    assert summary["filter/drop_rate"] == 1
+    assert summary["filter/empty_steps"] == 3
+    assert all(torch.equal(weights[name], base[name].float()) for name in base)
+    with pytest.raises(EmptySteps, match="raise it"):
+        run(tmp_path, scenes_dir, "longer", samples=16, **nothing)
+
+
+def test_metrics_of_the_windows_add_up_to_the_summary(tmp_path, scenes_dir):
+    summary, _ = run(tmp_path, scenes_dir)
+    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    for name in ("filter/seen", "filter/checked", "filter/dropped"):
+        assert sum(row[name] for row in rows) == summary[name]
+    duplicates = [row for row in audit(tmp_path, "run") if row["duplicate"]]
+    share = sum(not row["keep"] for row in duplicates) / len(duplicates)
+    assert share == pytest.approx(summary["filter/drop_rate_duplicates"])
+
+
+def test_warm_up_follows_the_samples_seen(tmp_path, scenes_dir):
+    run(tmp_path, scenes_dir, lr_schedule="constant_with_warmup", warmup_samples=16, learning_rate=1e-3)
+    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    # of the step that ends at 8, 16, 24 samples: the 2nd, 4th and 6th of steps 0, 1, 2, ... with 4 of warm-up
+    assert [row["lr"] for row in rows] == pytest.approx([1e-3 / 4, 3e-3 / 4, 1e-3])
+
+
+def test_not_a_number_in_a_latent_ends_the_run_naming_the_sample(tmp_path, scenes_dir, monkeypatch):
+    encode = loop.Encoder.latents
+
+    def broken(self, keys, pixels, draw=None):
+        latents = encode(self, keys, pixels, draw)
+        broken.key = keys[1]
+        return torch.where(torch.arange(len(keys))[:, None, None, None] == 1, torch.nan, latents)
+
+    monkeypatch.setattr(loop.Encoder, "latents", broken)
+    with pytest.raises(NonFiniteNorm) as error:
+        run(tmp_path, scenes_dir)
+    assert broken.key in str(error.value)
+
+
+def test_all_settings_out_of_range_are_named_at_once(scenes_dir):
+    config = copy.deepcopy(Config())
+    config.train.samples, config.data.caption_dropout, config.filter.tau = 0, 1.5, -1.0
+    with pytest.raises(ConfigError) as error:
+        loop.train(config)
+    assert all(name in str(error.value) for name in ("train.samples", "data.caption_dropout", "filter.tau"))

@@ -1,0 +1,45 @@
+"""Fine-tune a text-to-image diffusion model with the memorization filter.
+
+    accelerate launch train_filtered.py --config configs/quickstart.yaml --filter.tau=4
+"""
+
+import sys
+
+
+def main(argv: list[str] | None = None) -> int:
+    from jsonargparse import ArgumentParser
+
+    from memfilter.config import Config
+
+    parser = ArgumentParser(description=__doc__, default_env=False)
+    parser.add_argument("--config", action="config", help="YAML file with any of the settings below")
+    parser.add_class_arguments(Config, as_group=False)
+    parsed = parser.parse_args(argv)
+    parsed.pop("config", None)
+    config = Config(**vars(parser.instantiate(parsed)))
+
+    import logging
+    import os
+
+    # both libraries greet every start with warnings about packages that are not needed here
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
+
+    from memfilter.config import ConfigError
+    from memfilter.data.shards import ShardError
+    from memfilter.filter import EmptySteps, NonFiniteNorm
+    from memfilter.train.loop import train
+    from memfilter.train.models import ModelError
+
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
+    try:
+        train(config)
+    except (ConfigError, ModelError, ShardError, NonFiniteNorm, EmptySteps) as error:
+        for line in str(error).splitlines():
+            print(f"error: {line}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
