@@ -1,6 +1,6 @@
 """Fine-tune a text-to-image diffusion model with the memorization filter.
 
-    accelerate launch train_filtered.py --config configs/quickstart.yaml --filter.tau=4
+    python train_filtered.py --config configs/quickstart.yaml --filter.tau=4
 """
 
 import sys
@@ -29,7 +29,7 @@ def main(argv: list[str] | None = None) -> int:
     from memfilter.data.shards import ShardError
     from memfilter.filter import EmptySteps, NonFiniteNorm
     from memfilter.train.loop import train
-    from memfilter.train.models import ModelError
+    from memfilter.pipelines import ModelError
 
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     try:

@@ -30,13 +30,14 @@ KINDS = ("duplicates", "distinct")
 FIGURES = ("memorization_rate", "copy_similarity", "agreement", "seed_agreement")
 COLUMNS = ["recipe", "setting", "seed", *(f"{f}_{k}" for f in FIGURES for k in KINDS), "dropped_duplicates", "dropped_distinct",
            "seconds"]  # fmt: skip
+PREPARE = ("--duplicates=20", "--repeats=200", "--distinct=12000")
 EVALUATE = ("--distinct=40", "--seeds=4", "--steps=20", "--guidance_scale=4")
 ROOT = Path(__file__).resolve().parent.parent
 
 
 def recipe() -> str:
     """Names everything that a row depends on but setting and seed."""
-    digest = hashlib.sha256((ROOT / "configs" / "quickstart.yaml").read_bytes() + repr(EVALUATE).encode())
+    digest = hashlib.sha256((ROOT / "configs" / "quickstart.yaml").read_bytes() + repr((PREPARE, EVALUATE)).encode())
     for path in sorted((ROOT / "memfilter" / "assets").rglob("*.safetensors")):
         digest.update(path.read_bytes())
     return digest.hexdigest()[:12]
@@ -118,7 +119,7 @@ def main() -> None:
     parser.add_argument("--taus", nargs="+", default=TAUS)
     parser.add_argument("--processes", type=int, default=os.cpu_count())
     args = parser.parse_args()
-    work, table_path = args.work_dir.resolve(), args.out / "fixed_tau.csv"
+    work, table_path = args.work_dir.resolve() / recipe(), args.out / "fixed_tau.csv"
     args.out.mkdir(parents=True, exist_ok=True)
     order = [setting(tau) for tau in ("null", *args.taus)]
     rows, lock = read_rows(table_path), threading.Lock()
@@ -127,7 +128,7 @@ def main() -> None:
     for seed in {seed for seed, _ in jobs}:
         if not _scenes(work, seed).exists():
             _call(_scenes(work, seed), "-m", "memfilter.cli", "prepare", "scenes", str(_scenes(work, seed)),
-                  f"--seed={seed}")  # fmt: skip
+                  f"--seed={seed}", *PREPARE)  # fmt: skip
 
     def finish(job: tuple[int, str]) -> None:
         row = run(work, *job)

@@ -4,9 +4,7 @@ venv="${MEMFILTER_VENV:-.venv}"
 wanted="$(cat pyproject.toml launch/constraints.txt | cksum)"
 if [ "$(cat "$venv/.installed" 2>/dev/null)" != "$wanted" ]; then
     echo "installing into $venv"
-    "${PYTHON:-python3}" -m venv "$venv"
-    # torch first and by its exact version: a range would take the newest build, which may need a GPU's libraries
-    "$venv/bin/python" -m pip install --quiet "$(grep '^torch==' launch/constraints.txt)"
+    "${PYTHON:-python3}" -m venv --clear "$venv"
     "$venv/bin/python" -m pip install --quiet --constraint launch/constraints.txt --editable ".[dev]"
     echo "$wanted" > "$venv/.installed"
 fi

@@ -6,6 +6,7 @@ cd "$(dirname "$0")/.."
 source launch/environment.sh
 runs=runs/quickstart
 export OMP_NUM_THREADS=1 # one core for each of the two runs
+trap 'trap - TERM; kill 0' TERM
 
 [ -d "$runs/scenes" ] || memfilter prepare scenes "$runs/scenes"
 

@@ -63,7 +63,8 @@ def main(argv: list[str] | None = None) -> int:
     try:
         auto_cli(commands, args=argv, prog="memfilter", as_positional=True)
     except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        for line in str(error).splitlines():
+            print(f"error: {line}", file=sys.stderr)
         return 1
     return 0
 

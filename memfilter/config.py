@@ -131,11 +131,26 @@ class ConfigError(ValueError):
 def check(config: Config) -> None:
     """Raises ConfigError with every setting that is out of range."""
     train, errors = config.train, []
-    positive = ("samples", "batch_size", "accumulation", "learning_rate", "max_grad_norm")
-    errors += [f"train.{name} must be above 0, found {getattr(train, name)}" for name in positive
-               if not getattr(train, name) > 0]  # fmt: skip
-    shares = {"data.caption_dropout": config.data.caption_dropout, "train.ema_decay": train.ema_decay}
-    errors += [f"{name} must be at least 0 and below 1, found {x}" for name, x in shares.items() if not 0 <= x < 1]
+    for name in ("samples", "batch_size", "accumulation", "learning_rate", "adam_eps", "max_grad_norm"):
+        if not getattr(train, name) > 0:
+            errors.append(f"train.{name} must be above 0, found {getattr(train, name)}")
+    for name in ("warmup_samples", "weight_decay", "seed"):
+        if not getattr(train, name) >= 0:
+            errors.append(f"train.{name} must be at least 0, found {getattr(train, name)}")
+    for name in ("adam_beta1", "adam_beta2", "ema_decay"):
+        if not 0 <= getattr(train, name) < 1:
+            errors.append(f"train.{name} must be at least 0 and below 1, found {getattr(train, name)}")
+    if not 0 <= config.data.caption_dropout < 1:
+        errors.append(f"data.caption_dropout must be at least 0 and below 1, found {config.data.caption_dropout}")
+    if config.data.workers < 0:
+        errors.append(f"data.workers must be at least 0, found {config.data.workers}")
+    step = train.batch_size * train.accumulation
+    if step > 0 and train.samples % step:
+        errors.append(f"train.samples must be a multiple of batch_size x accumulation = {step}, found {train.samples}: "
+                      f"the last step would weigh its samples otherwise than the rest")  # fmt: skip
+    if train.warmup_samples and train.lr_schedule == "constant":
+        errors.append(f"train.warmup_samples={train.warmup_samples} has no effect on the constant schedule: "
+                      "use train.lr_schedule=constant_with_warmup")  # fmt: skip
     if config.log.every < 1:
         errors.append(f"log.every must be at least 1, found {config.log.every}")
     if config.data.resolution is not None and config.data.resolution < 1:

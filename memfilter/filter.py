@@ -77,6 +77,7 @@ class MemFilter:
         self.max_empty_steps = max_empty_steps
         self.stats = stats or FilterStats()
         self.verdict: Verdict | None = None  # of the last checked forward
+        self._unused = False  # no loss was made from the verdict yet
         self._facts: dict = {}
         self._factors: Tensor | None = None  # [T], None for epsilon prediction
         self._kept_in_step: Tensor | int = 0
@@ -136,7 +137,8 @@ class MemFilter:
         if (duplicate := facts.get("duplicate")) is not None:
             group = _bools(duplicate, count, device, "duplicate").long() + 1
         self.stats.add(timesteps, norm, keep, checked, group)
-        self.verdict = Verdict(timesteps, norm, keep, checked, facts.get("keys"))
+        self.verdict, self._unused = Verdict(timesteps, norm, keep, checked, facts.get("keys")), True
+        self._kept_in_step = self._kept_in_step + keep.sum()
         return norm, keep
 
     def _require_finite(self, norm: Tensor, keys) -> None:
@@ -151,15 +153,14 @@ class MemFilter:
         """Masked mean squared error of the last forward's samples: [B, ...] -> scalar, graph always intact.
 
         Raises:
-            RuntimeError: no checked forward of this batch size came before.
+            RuntimeError: since the last loss there was no checked forward of this batch size.
         """
         keep = torch.ones(len(pred), dtype=torch.bool, device=pred.device)
         if self.active:
-            if self.verdict is None or len(self.verdict.keep) != len(pred):
+            if not self._unused or len(self.verdict.keep) != len(pred):
                 raise RuntimeError("MemFilter.loss needs the verdict of a training forward of the same batch: call "
                                    "the wrapped denoiser first, in train mode and with gradients on")  # fmt: skip
-            keep = self.verdict.keep
-        self._kept_in_step = self._kept_in_step + keep.sum()
+            keep, self._unused = self.verdict.keep, False
         return masked_loss(pred, target, keep, self.reduction)
 
     def before_step(self, optimizer: torch.optim.Optimizer) -> bool:
@@ -171,6 +172,8 @@ class MemFilter:
         Raises:
             EmptySteps: this is the ``max_empty_steps``-th such step in a row.
         """
+        if not self.active:
+            return True
         state = getattr(optimizer, "gradient_state", None)  # accelerate's
         if state is not None and not state.sync_gradients:
             return True

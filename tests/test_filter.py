@@ -365,3 +365,24 @@ def test_before_step_in_every_micro_batch_acts_only_where_accelerate_steps(tiny_
             optimizer.zero_grad()
     assert not same(before, snapshot(unet, optimizer))
     assert mem_filter.stats.empty_steps == 0
+
+
+def test_verdict_serves_one_loss_so_that_a_forgotten_train_call_is_noticed(tiny_unet, tiny_batch):
+    x, t, e, target = tiny_batch()
+    mem_filter = MemFilter(tau=4.0)
+    unet = mem_filter.wrap(tiny_unet(), null=NULL)
+    mem_filter.loss(unet(x, t, e).sample, target)
+    unchecked = unet.eval()(x, t, e).sample
+    with pytest.raises(RuntimeError, match="in train mode"):
+        mem_filter.loss(unchecked, target)
+
+
+@pytest.mark.parametrize("tau", [None, math.inf])
+def test_before_step_leaves_the_gradients_of_a_loss_that_is_the_callers_own(tiny_unet, tiny_batch, tau):
+    x, t, e, target = tiny_batch()
+    mem_filter = MemFilter(tau=tau)
+    unet = mem_filter.wrap(tiny_unet(), null=NULL)
+    optimizer = adamw(unet)
+    mse_loss(unet(x, t, e).sample, target).backward()
+    assert mem_filter.before_step(optimizer)
+    assert all(p.grad is not None for p in unet.parameters())

@@ -18,7 +18,6 @@ from memfilter.data.shards import Shards, write_shards
 
 ROLES = ("distinct", "duplicate")
 INDEX = "index.parquet"
-DUPLICATES, DISTINCT = 1, 2  # streams of scenes; the base model was trained on stream 0
 
 
 @dataclass(frozen=True)
@@ -26,7 +25,7 @@ class Experiment:
     """Samples in the order of the index; one that repeats n times counts as n virtual samples."""
 
     keys: Sequence[str]
-    duplicate: np.ndarray  # bool [N]
+    duplicate: np.ndarray | None  # bool [N]; None where nothing is known
     repeats: np.ndarray  # int [N]
 
     @classmethod
@@ -48,9 +47,9 @@ class Experiment:
 
     @classmethod
     def of_shards(cls, shards: Shards) -> Experiment:
-        """Every sample once, none known to be a duplicate."""
+        """Every sample once; nothing is known of duplicates."""
         keys = shards.keys()
-        return cls(keys, np.zeros(len(keys), bool), np.ones(len(keys), int))
+        return cls(keys, None, np.ones(len(keys), int))
 
     def virtual(self) -> np.ndarray:
         """Row of every virtual sample, int [sum of repeats]."""
@@ -61,6 +60,12 @@ class Experiment:
         present = set(shards.keys())
         if missing := [key for key in self.keys if key not in present]:
             raise ValueError(f"{len(missing)} samples of the index are not in the shards, such as {missing[0]!r}")
+
+
+def index_beside(source: str | os.PathLike) -> Path:
+    """Where the index of some shards is looked for: a directory of them, or one tar file."""
+    source = Path(source)
+    return (source if source.is_dir() else source.parent) / INDEX
 
 
 def scene_of(seed: int, stream: int, index: int) -> scenes.Scene:
@@ -80,7 +85,7 @@ def prepare_scenes(out: Path, seed: int = 0, duplicates: int = 20, repeats: int 
         raise FileExistsError(f"{out} exists: remove it or choose another directory")
     partial = out.with_name(f".{out.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
-    plan = [(DUPLICATES, i) for i in range(duplicates)] + [(DISTINCT, i) for i in range(distinct)]
+    plan = [(scenes.DUPLICATES, i) for i in range(duplicates)] + [(scenes.DISTINCT, i) for i in range(distinct)]
     keys = [f"{number:09d}" for number in range(len(plan))]
 
     def samples():
@@ -91,8 +96,8 @@ def prepare_scenes(out: Path, seed: int = 0, duplicates: int = 20, repeats: int 
     write_shards(samples(), partial)
     table = {
         "key": keys,
-        "role": ["duplicate" if stream == DUPLICATES else "distinct" for stream, _ in plan],
-        "repeats": [repeats if stream == DUPLICATES else 1 for stream, _ in plan],
+        "role": ["duplicate" if stream == scenes.DUPLICATES else "distinct" for stream, _ in plan],
+        "repeats": [repeats if stream == scenes.DUPLICATES else 1 for stream, _ in plan],
     }
     pq.write_table(pa.table(table), partial / INDEX)
     partial.rename(out)

@@ -16,18 +16,22 @@ from memfilter.data.shards import Shards
 _NOISE, _TIMESTEP, _POSTERIOR, _CAPTION = range(4)
 
 
-@dataclass(frozen=True)
 class SampleStream:
-    """An endless stream of virtual samples: every epoch is a permutation of all of them."""
+    """An endless stream of virtual samples: every epoch is a permutation of all of them.
 
-    rows: np.ndarray  # row of every virtual sample
-    seed: int
+    Args:
+        rows: row of every virtual sample.
+    """
+
+    def __init__(self, rows: np.ndarray, seed: int):
+        self.rows, self.seed = rows, seed
+        self._epoch, self._order = None, rows
 
     def row(self, position: int) -> int:
+        """The row that is shown at this position."""
         epoch, place = divmod(position, len(self.rows))
-        if epoch != getattr(self, "_epoch", None):
-            object.__setattr__(self, "_order", np.random.default_rng((self.seed, epoch)).permutation(self.rows))
-            object.__setattr__(self, "_epoch", epoch)
+        if epoch != self._epoch:
+            self._epoch, self._order = epoch, np.random.default_rng((self.seed, epoch)).permutation(self.rows)
         return int(self._order[place])
 
 
@@ -58,7 +62,8 @@ def caption_dropped(seed: int, position: int, share: float) -> bool:
 
 @dataclass
 class SampleDataset(Dataset):
-    """Position in the stream -> key, caption, duplicate, and pixels [3, H, W] in [-1, 1]."""
+    """Position in the stream -> key, duplicate (None: unknown), repeats (comes again), caption, and pixels [3, H, W] in
+    [-1, 1]."""
 
     shards: Shards
     experiment: Experiment
@@ -71,7 +76,8 @@ class SampleDataset(Dataset):
         return {
             "position": position,
             "key": key,
-            "duplicate": bool(self.experiment.duplicate[row]),
+            "duplicate": None if self.experiment.duplicate is None else bool(self.experiment.duplicate[row]),
+            "repeats": bool(self.experiment.repeats[row] > 1),
             "caption": self.shards.caption(key),
             "pixels": to_pixels(self.shards.image(key), self.resolution),
         }

@@ -34,6 +34,8 @@ COLOURS = {
     "gray": (150, 150, 150),
     "black": (35, 35, 35),
 }
+# streams of scenes: what was drawn for one purpose is never drawn for another
+BASE, DUPLICATES, DISTINCT, SCORER, SCORER_VALIDATION, SAME_CAPTION, VARIATIONS = range(7)
 SPECIFIC = ", limited edition poster no {number}"
 
 

@@ -7,7 +7,7 @@ import json
 import os
 import tarfile
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from PIL import Image, UnidentifiedImageError
@@ -36,7 +36,6 @@ class Shards:
     """
 
     members: dict[str, dict[str, Member]]  # key -> suffix -> where
-    _descriptors: dict[tuple[int, Path], int] = field(default_factory=dict, repr=False)
 
     @classmethod
     def open(cls, source: str | os.PathLike) -> Shards:
@@ -93,12 +92,10 @@ class Shards:
 
     def _bytes(self, key: str, suffix: str) -> bytes:
         member = self.members[key][suffix]
-        # a descriptor per process: a DataLoader worker that is forked must not share one
-        handle = (os.getpid(), member.shard)
         try:
-            if handle not in self._descriptors:
-                self._descriptors[handle] = os.open(member.shard, os.O_RDONLY)
-            return os.pread(self._descriptors[handle], member.size, member.offset)
+            with member.shard.open("rb") as file:
+                file.seek(member.offset)
+                return file.read(member.size)
         except OSError as error:
             raise ShardError(f"shard {member.shard} cannot be read ({error}): fetch or write it again") from error
 

@@ -23,7 +23,7 @@ from torch.nn import functional as F
 
 from memfilter.data import scenes
 
-SEED, STREAM, VALIDATION_STREAM = 20261122, 3, 4
+SEED = 20261122
 log = logging.getLogger(__name__)
 
 
@@ -101,7 +101,7 @@ def _augment(pixels: Tensor) -> Tensor:
 def train_scorer(count: int = 40_000, steps: int = 2500, batch_size: int = 96) -> tuple[SceneScorer, dict]:
     """A new scorer and its accuracy on scenes that it has not seen."""
     torch.manual_seed(SEED)
-    drawn = [scenes.draw(SEED, STREAM, i) for i in range(count)]
+    drawn = [scenes.draw(SEED, scenes.SCORER, i) for i in range(count)]
     pictures, (labels, colours) = scenes.pixels(drawn), targets(drawn)
     model = SceneScorer()
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=1e-2)
@@ -118,7 +118,7 @@ def train_scorer(count: int = 40_000, steps: int = 2500, batch_size: int = 96) -
         if step % 250 == 0:
             log.info("scorer step %d loss %.3f", step, loss.item())
     model.eval()
-    unseen = [scenes.draw(SEED, VALIDATION_STREAM, i) for i in range(2000)]
+    unseen = [scenes.draw(SEED, scenes.SCORER_VALIDATION, i) for i in range(2000)]
     labels, colours = targets(unseen)
     with torch.no_grad():
         object_logits, colour_logits = model(_as_input(scenes.pixels(unseen)))

@@ -36,8 +36,8 @@ def memorized_above(captions: int = 300, pictures: int = 20, seed: int = 2026112
     """
     similarities = []
     for i in range(captions):
-        scene = scenes.draw(seed, 5, i)
-        drawn = scenes.pixels([scenes.vary(scene, seed, 6, i * pictures + j) for j in range(pictures)])
+        scene = scenes.draw(seed, scenes.SAME_CAPTION, i)
+        drawn = scenes.pixels([scenes.vary(scene, seed, scenes.VARIATIONS, i * pictures + j) for j in range(pictures)])
         first, second = np.triu_indices(pictures, 1)
         similarities.append(copy_similarity(drawn[first], drawn[second]))
     return float(np.quantile(np.concatenate(similarities), 0.999))

@@ -10,11 +10,12 @@ from pathlib import Path
 import numpy as np
 
 from memfilter.data import scenes
-from memfilter.data.experiment import INDEX, Experiment
+from memfilter.data.experiment import Experiment, index_beside
 from memfilter.data.shards import Shards
 from memfilter.eval.agreement import agreement
 from memfilter.eval.copies import MEASURE, copy_similarity, memorized_above, seed_agreement
 from memfilter.eval.generate import generate
+from memfilter.pipelines import load_pipeline
 
 EVALUATION, PICTURES = "evaluation.json", "evaluation.npz"
 
@@ -39,13 +40,11 @@ def evaluate_run(
     Raises:
         ValueError: the run is not finished, or its samples are not clipart scenes.
     """
-    from memfilter.train.models import load_pipeline
-
     if not (run_dir / "summary.json").is_file():
         raise ValueError(f"{run_dir} has no summary.json: it is not a run, or not finished")
     config = json.loads((run_dir / "summary.json").read_text())["config"]
     shards = Shards.open(config["data"]["shards"])
-    experiment = Experiment.read(config["data"]["index"] or Path(config["data"]["shards"]) / INDEX)
+    experiment = Experiment.read(config["data"]["index"] or index_beside(config["data"]["shards"]))
     rows = [*np.flatnonzero(experiment.duplicate), *np.flatnonzero(~experiment.duplicate)[:distinct]]
     keys = [experiment.keys[row] for row in rows]
     wanted = [scene_from(shards.facts(key)) for key in keys]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import math
 import os
 import time
 from collections.abc import Callable
@@ -22,9 +21,9 @@ from tqdm import tqdm
 from memfilter.config import Config, ConfigError, TrainConfig, check, make_filter
 from memfilter.data import sampler
 from memfilter.data.encode import Encoder
-from memfilter.data.experiment import INDEX, Experiment
+from memfilter.data.experiment import Experiment, index_beside
 from memfilter.data.shards import Shards
-from memfilter.train.models import export_pipeline, load_pipeline
+from memfilter.pipelines import export_pipeline, load_pipeline
 from memfilter.train.tracking import Audit, Tracker
 
 log = logging.getLogger(__name__)
@@ -39,12 +38,14 @@ def train(config: Config, progress: bool = True) -> dict:
     """
     check(config)
     run_dir = Path(config.run_dir)
-    if (run_dir / "metrics.jsonl").exists():
-        raise ConfigError(f"run_dir: {run_dir} holds a run already; remove it or choose another")
+    if run_dir.exists() and any(run_dir.iterdir()):
+        raise ConfigError(f"run_dir: {run_dir} is not empty; remove it or choose another")
     seed = config.train.seed
     accelerator = Accelerator(
         mixed_precision=config.train.mixed_precision, gradient_accumulation_steps=config.train.accumulation
     )
+    if accelerator.num_processes > 1:
+        raise ConfigError(f"training runs in one process, found {accelerator.num_processes}: --num_processes 1")
 
     # model
     pipeline = load_pipeline(config.model.path)
@@ -59,9 +60,10 @@ def train(config: Config, progress: bool = True) -> dict:
     # data
     resolution = config.data.resolution or pipeline.unet.config.sample_size * pipeline.vae_scale_factor
     dataset = _dataset(config, resolution)
+    starts = range(0, config.train.samples, config.train.batch_size)
     loader = DataLoader(
         dataset,
-        batch_sampler=_batches(config.train.samples, config.train.batch_size),
+        batch_sampler=[range(start, start + config.train.batch_size) for start in starts],
         collate_fn=sampler.collate,
         num_workers=config.data.workers,
     )
@@ -81,48 +83,51 @@ def train(config: Config, progress: bool = True) -> dict:
     tracker = Tracker(run_dir, config.log, asdict(config))
     audit = Audit(run_dir / "audit.parquet")
     bar = tqdm(total=config.train.samples, unit="sample", disable=not progress, desc=run_dir.name, mininterval=1)
-    losses, seen, micro_batches, started, failed = [], 0, 0, time.perf_counter(), True
+    losses, seen, started, failed = [], 0, time.perf_counter(), True
     try:
         for batch in loader:
-            # noisy latents
-            positions = batch["position"]
-            latents = encoder.latents(batch["key"], batch["pixels"], _posterior_noise(seed, positions, pipeline, resolution))
-            noise = torch.stack([sampler.noise(seed, p, latents.shape[1:]) for p in positions]).to(latents)
-            timesteps = torch.tensor(
-                [sampler.timestep(seed, p, noise_scheduler.config.num_train_timesteps) for p in positions],
-                device=latents.device,
-            )
-            noisy_latents = noise_scheduler.add_noise(latents, noise, timesteps)
-            target = _target(noise_scheduler, latents, noise, timesteps)
+            with accelerator.accumulate(unet):
+                # noisy latents
+                positions = batch["position"]
+                draw = _posterior_noise(seed, positions, pipeline, resolution)
+                latents = encoder.latents(batch["key"], batch["pixels"], draw, batch["repeats"])
+                noise = torch.stack([sampler.noise(seed, p, latents.shape[1:]) for p in positions]).to(latents)
+                timesteps = torch.tensor(
+                    [sampler.timestep(seed, p, noise_scheduler.config.num_train_timesteps) for p in positions],
+                    device=latents.device,
+                )
+                noisy_latents = noise_scheduler.add_noise(latents, noise, timesteps)
+                target = _target(noise_scheduler, latents, noise, timesteps)
 
-            # prompts
-            dropped = [sampler.caption_dropped(seed, p, config.data.caption_dropout) for p in positions]
-            captions = ["" if d else caption for d, caption in zip(dropped, batch["caption"], strict=True)]
-            prompt_embeds = encoder.prompts(captions)
+                # prompts
+                dropped = [sampler.caption_dropped(seed, p, config.data.caption_dropout) for p in positions]
+                captions = ["" if d else caption for d, caption in zip(dropped, batch["caption"], strict=True)]
+                prompt_embeds = encoder.prompts(captions, batch["repeats"])
 
-            # both passes, masked loss, gradients
-            mem_filter.batch(keys=batch["key"], duplicate=batch["duplicate"], caption_dropped=dropped)
-            out = unet(noisy_latents, timesteps, prompt_embeds)
-            loss = mem_filter.loss(out.sample, target)
-            seen += len(positions)
-            micro_batches += 1
-            step_ends = micro_batches % config.train.accumulation == 0 or seen == config.train.samples
-            accelerator.gradient_state._set_sync_gradients(step_ends)
-            accelerator.backward(loss)
-            losses.append(loss.detach())
-            if mem_filter.active:
-                audit.add(batch, mem_filter.verdict)
+                # both passes, masked loss, gradients
+                mem_filter.batch(
+                    keys=batch["key"],
+                    duplicate=None if dataset.experiment.duplicate is None else batch["duplicate"],
+                    caption_dropped=dropped,
+                )
+                out = unet(noisy_latents, timesteps, prompt_embeds)
+                loss = mem_filter.loss(out.sample, target)
+                accelerator.backward(loss)
+                losses.append(loss.detach())
+                if mem_filter.active:
+                    audit.add(batch, mem_filter.verdict)
 
-            # step
-            if step_ends:
-                for group in optimizer.param_groups:
-                    group["lr"] = lr_at(seen - 1)
-                if mem_filter.before_step(optimizer):
-                    accelerator.clip_grad_norm_(unet.parameters(), config.train.max_grad_norm)
-                    optimizer.step()
-                    if ema:
-                        ema.step(accelerator.unwrap_model(unet).parameters())
-                optimizer.zero_grad(set_to_none=True)
+                # step
+                seen += len(positions)
+                if accelerator.sync_gradients:
+                    for group in optimizer.param_groups:
+                        group["lr"] = lr_at(seen - 1)
+                    if mem_filter.before_step(optimizer):
+                        accelerator.clip_grad_norm_(unet.parameters(), config.train.max_grad_norm)
+                        optimizer.step()
+                        if ema:
+                            ema.step(accelerator.unwrap_model(unet).parameters())
+                    optimizer.zero_grad(set_to_none=True)
 
             # report
             bar.update(len(positions))
@@ -134,44 +139,40 @@ def train(config: Config, progress: bool = True) -> dict:
                 audit.flush()
                 bar.set_postfix_str(_summary_line(metrics))
                 losses.clear()
+
+        # export
+        seconds = time.perf_counter() - started
+        audit.close()
+        trained = accelerator.unwrap_model(unet).unet
+        if ema:
+            ema.copy_to(trained.parameters())
+        export_pipeline(pipeline, trained.eval(), run_dir / "pipeline")
+        totals = mem_filter.stats.totals() if mem_filter.active else {}
+        summary = {"samples": seen, "seconds": seconds, **totals, "config": asdict(config)}
+        partial = run_dir / ".summary.json.partial"
+        partial.write_text(json.dumps(summary, indent=1))
+        os.replace(partial, run_dir / "summary.json")
         failed = False
     finally:
         bar.close()
-        audit.close()
         tracker.close(failed)
-
-    # export
-    trained = accelerator.unwrap_model(unet).unet
-    if ema:
-        ema.copy_to(trained.parameters())
-    export_pipeline(pipeline, trained.eval(), run_dir / "pipeline")
-    summary = {
-        "samples": seen,
-        "seconds": time.perf_counter() - started,
-        **(mem_filter.stats.totals() if mem_filter.active else {}),
-        "config": asdict(config),
-    }
-    partial = run_dir / ".summary.json.partial"
-    partial.write_text(json.dumps(summary, indent=1))
-    os.replace(partial, run_dir / "summary.json")
     return summary
 
 
 def _dataset(config: Config, resolution: int) -> sampler.SampleDataset:
-    source = Path(config.data.shards)
-    shards = Shards.open(source)
-    index = Path(config.data.index) if config.data.index else source / INDEX
+    shards = Shards.open(config.data.shards)
+    index = Path(config.data.index) if config.data.index else index_beside(config.data.shards)
     if config.data.index and not index.is_file():
         raise ConfigError(f"data.index: {index} does not exist")
-    experiment = Experiment.read(index) if index.is_file() else Experiment.of_shards(shards)
-    experiment.require(shards)
+    try:
+        experiment = Experiment.read(index) if index.is_file() else Experiment.of_shards(shards)
+        experiment.require(shards)
+    except ValueError as error:
+        raise ConfigError(f"data.index: {error}") from error
+    if not len(experiment.keys):
+        raise ConfigError(f"data.shards: {config.data.shards} has no sample to train on")
     stream = sampler.SampleStream(experiment.virtual(), config.train.seed)
     return sampler.SampleDataset(shards, experiment, stream, resolution)
-
-
-def _batches(samples: int, batch_size: int) -> list[range]:
-    """Positions in the sample stream, one range per forward; the last may be shorter."""
-    return [range(start, min(start + batch_size, samples)) for start in range(0, samples, batch_size)]
 
 
 def _posterior_noise(seed: int, positions: list[int], pipeline, resolution: int) -> torch.Tensor:
@@ -194,7 +195,7 @@ def _lr_schedule(config: TrainConfig, optimizer: torch.optim.Optimizer) -> Calla
         config.lr_schedule,
         optimizer,
         num_warmup_steps=config.warmup_samples // step_samples,
-        num_training_steps=math.ceil(config.samples / step_samples),
+        num_training_steps=config.samples // step_samples,
     )
     return lambda samples: config.learning_rate * schedule.lr_lambdas[0](samples // step_samples)
 

@@ -2,8 +2,8 @@
 
     python -m memfilter.train.pretrain_scenes --work_dir runs/pretrain --out memfilter/assets/scenes-base
 
-Stages, each found again in ``work_dir`` when the command is repeated after an interruption: pictures, autoencoder,
-latents, tokenizer, then denoiser and text encoder together. Combinations of ``scenes.held_out`` are never shown.
+Pictures, autoencoder, latents, tokenizer, then denoiser and text encoder together; what is finished, and the last
+checkpoint of the denoiser, is found again in ``work_dir`` when the command is repeated with the same arguments. Combinations of ``scenes.held_out`` are never shown.
 Everything is drawn from ``SEED``; bf16 autocast where it pays.
 """
 
@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from memfilter.data import scenes
 
-SEED, STREAM = 20261122, 0
+SEED = 20261122
 PICTURES = 100_000
 # Two levels: 32 px -> latents of 4 x 16 x 16. With a third level (16 x 8 x 8) reconstructions of equal training time
 # lost the objects (22 against 27 dB); groups of many channels keep flat colours, which group norm would wash out.
@@ -74,7 +74,7 @@ def training_scenes(count: int = PICTURES) -> list[scenes.Scene]:
     """The first ``count`` scenes of the stream whose combination is not held out."""
     found, index = [], 0
     while len(found) < count:
-        scene = scenes.draw(SEED, STREAM, index)
+        scene = scenes.draw(SEED, scenes.BASE, index)
         index += 1
         if not scenes.held_out(scene):
             found.append(scene)
@@ -121,7 +121,8 @@ def train_autoencoder(work: Path, pictures: np.ndarray, steps: int, batch_size: 
             log.info("autoencoder step %d loss %.4f kl %.3f", step, loss.item(), kl.item())
     sample = torch.cat([vae.encode(as_input(pictures[i : i + 250])).latent_dist.mean.detach() for i in range(0, 2000, 250)])
     vae.register_to_config(scaling_factor=float(1 / sample.std()))
-    vae.save_pretrained(out)
+    vae.save_pretrained(work / ".vae.partial")
+    (work / ".vae.partial").rename(out)
     return vae
 
 

@@ -26,7 +26,10 @@ AUDIT_SCHEMA = pa.schema(
 
 
 class Audit:
-    """One row for every checked sample. Tensors stay on their device until `flush`; the file appears when closed."""
+    """One row for every checked sample. Tensors stay on their device until `flush`; the file appears when closed.
+
+    A run that is cut off leaves ``.audit.parquet.partial``.
+    """
 
     def __init__(self, path: Path):
         self._path, self._partial = path, path.with_name(f".{path.name}.partial")

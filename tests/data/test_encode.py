@@ -165,3 +165,13 @@ def test_half_precision_encoder_gives_single_precision_latents(parts, encoder, p
         vae.to(torch.float32)
     assert latents.dtype == torch.float32
     torch.testing.assert_close(latents, expected, rtol=0.1, atol=0.02)
+
+
+def test_only_what_is_worth_remembering_takes_a_place_in_memory(encoder, pixels):
+    memory, vae_runs, text_runs = encoder()
+    memory.latents(KEYS, pixels, remember=[True, False, False, True])
+    memory.latents(KEYS, pixels, remember=[False] * 4)
+    assert vae_runs == [4, 2]
+    memory.prompts(["ab", "ba"], remember=[False, True])
+    memory.prompts(["ab", "ba"])
+    assert text_runs == [2, 1]

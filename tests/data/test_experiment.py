@@ -110,7 +110,7 @@ def test_shards_without_index_count_every_sample_once(prepared):
     shards = Shards.open(prepared)
     index = Experiment.of_shards(shards)
     assert index.keys == shards.keys()
-    assert not index.duplicate.any() and index.virtual().tolist() == list(range(20))
+    assert index.duplicate is None and index.virtual().tolist() == list(range(20))
 
 
 def test_sample_that_is_not_in_the_shards_is_refused_by_name(prepared, tmp_path):

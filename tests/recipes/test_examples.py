@@ -10,7 +10,7 @@ from pathlib import Path
 from diffusers import StableDiffusionPipeline
 
 from memfilter.data import scenes
-from memfilter.train.models import model_dir
+from memfilter.pipelines import model_dir
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 

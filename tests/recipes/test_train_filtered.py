@@ -28,7 +28,7 @@ def train_filtered(*arguments):
 def finished(tmp_path_factory, scenes_dir):
     run = tmp_path_factory.mktemp("runs") / "run"
     done = train_filtered(
-        f"--run_dir={run}", f"--data.shards={scenes_dir}", "--train.samples=60", "--train.accumulation=2",
+        f"--run_dir={run}", f"--data.shards={scenes_dir}", "--train.samples=64", "--train.accumulation=2",
         "--filter.tau=2.5", "--log.every=16", "--log.wandb=offline",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
@@ -37,9 +37,9 @@ def finished(tmp_path_factory, scenes_dir):
 
 def test_run_leaves_metrics_audit_summary_and_a_pipeline_of_the_stock_class(finished):
     rows = [json.loads(line) for line in (finished / "metrics.jsonl").read_text().splitlines()]
-    assert [row["samples"] for row in rows] == [16, 32, 48, 60]
+    assert [row["samples"] for row in rows] == [16, 32, 48, 64]
     summary = json.loads((finished / "summary.json").read_text())
-    assert summary["samples"] == summary["filter/seen"] == 60
+    assert summary["samples"] == summary["filter/seen"] == 64
     assert summary["filter/checked"] == sum(row["filter/checked"] for row in rows)
     audit = pq.read_table(finished / "audit.parquet")
     assert audit.num_rows == summary["filter/checked"]
@@ -53,7 +53,7 @@ def test_second_run_into_the_same_directory_is_refused_and_loses_nothing(finishe
     before = (finished / "metrics.jsonl").read_bytes()
     done = train_filtered(f"--run_dir={finished}", f"--data.shards={scenes_dir}")
     assert done.returncode == 1
-    assert "holds a run already" in done.stderr
+    assert "is not empty" in done.stderr
     assert (finished / "metrics.jsonl").read_bytes() == before
 
 
@@ -64,7 +64,11 @@ def test_second_run_into_the_same_directory_is_refused_and_loses_nothing(finishe
         (["--filter.tau=nan"], "filter.tau must be a positive number"),
         (["--filter.taau=3"], "taau"),
         (["--train.batch_size=0", "--data.caption_dropout=2"], "data.caption_dropout must be at least 0"),
+        (["--train.seed=-1"], "train.seed must be at least 0"),
+        (["--train.samples=30", "--train.batch_size=8"], "must be a multiple of batch_size x accumulation = 8"),
+        (["--train.warmup_samples=8"], "use train.lr_schedule=constant_with_warmup"),
         (["--data.shards=/nonexistent"], "no shard found"),
+        (["--data.index=/nonexistent"], "data.index"),
         (["--model.path=/nonexistent"], "is not a pipeline directory"),
     ],
 )

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from memfilter.config import Config, ConfigError, DataConfig, FilterConfig, LogConfig, TrainConfig
 from memfilter.filter import EmptySteps, NonFiniteNorm
 from memfilter.train import loop
-from memfilter.train.models import model_dir
+from memfilter.pipelines import model_dir
 
 
 def run(tmp_path, scenes_dir, name="run", tau=2.5, **settings):

@@ -11,7 +11,7 @@ from memfilter.data import sampler
 from memfilter.data.experiment import INDEX, Experiment
 from memfilter.data.shards import Shards
 from memfilter.train.loop import train
-from memfilter.train.models import load_pipeline
+from memfilter.pipelines import load_pipeline
 
 STEPS, BATCH, LR, SEED, TAU = 50, 3, 1e-5, 7, 3.0
 
