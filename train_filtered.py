@@ -3,6 +3,7 @@
     python train_filtered.py --config configs/quickstart.yaml --filter.tau=4
 """
 
+import re
 import sys
 
 
@@ -14,7 +15,9 @@ def main(argv: list[str] | None = None) -> int:
     parser = ArgumentParser(description=__doc__, default_env=False)
     parser.add_argument("--config", action="config", help="YAML file with any of the settings below")
     parser.add_class_arguments(Config, as_group=False)
-    parsed = parser.parse_args(argv)
+    # YAML's infinity is .inf; people and sweeps write inf
+    arguments = sys.argv[1:] if argv is None else argv
+    parsed = parser.parse_args([re.sub(r"^((?:--[\w.]+=)?-?)(inf|nan)$", r"\1.\2", a) for a in arguments])
     parsed.pop("config", None)
     config = Config(**vars(parser.instantiate(parsed)))
 

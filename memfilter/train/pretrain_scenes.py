@@ -98,7 +98,9 @@ def train_autoencoder(work: Path, pictures: np.ndarray, steps: int, batch_size: 
 
     out = work / "vae"
     if out.exists():
-        return AutoencoderKL.from_pretrained(out)
+        vae = AutoencoderKL.from_pretrained(out)
+        vae.register_to_config(_name_or_path="")  # a path of this machine has no place in the exported model
+        return vae
     torch.manual_seed(SEED)
     vae = AutoencoderKL(**VAE)
     optimizer = torch.optim.AdamW(vae.parameters(), lr=3e-3, betas=(0.9, 0.99), weight_decay=0.0)
