@@ -23,7 +23,7 @@ fine_tune() { # name, tau, further arguments
 # tau=inf drops nothing and still measures the norm
 fine_tune off inf &
 off=$!
-fine_tune on 2.5 > "$runs/on.log" 2>&1 &
+fine_tune on 5 > "$runs/on.log" 2>&1 &
 on=$!
 failed=0
 wait $off || failed=1
