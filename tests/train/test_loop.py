@@ -89,8 +89,8 @@ def test_warm_up_follows_the_samples_seen(tmp_path, scenes_dir):
 def test_not_a_number_in_a_latent_ends_the_run_naming_the_sample(tmp_path, scenes_dir, monkeypatch):
     encode = loop.Encoder.latents
 
-    def broken(self, keys, pixels, draw=None):
-        latents = encode(self, keys, pixels, draw)
+    def broken(self, keys, pixels, *rest):
+        latents = encode(self, keys, pixels, *rest)
         broken.key = keys[1]
         return torch.where(torch.arange(len(keys))[:, None, None, None] == 1, torch.nan, latents)
 
