@@ -22,17 +22,15 @@ def main(argv: list[str] | None = None) -> int:
     config = Config(**vars(parser.instantiate(parsed)))
 
     import logging
-    import os
 
-    # both libraries greet every start with warnings about packages that are not needed here
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
+    from memfilter.cli import quiet_libraries
 
+    quiet_libraries()
     from memfilter.config import ConfigError
     from memfilter.data.shards import ShardError
     from memfilter.filter import EmptySteps, NonFiniteNorm
-    from memfilter.train.loop import train
     from memfilter.pipelines import ModelError
+    from memfilter.train.loop import train
 
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     try:

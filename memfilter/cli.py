@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 
@@ -52,9 +53,17 @@ def report(off: str, on: str, out: str) -> None:
     print(out)
 
 
+def quiet_libraries() -> None:
+    """diffusers and transformers greet every start with warnings about packages that are not needed here. Call this
+    before they are imported."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
+
+
 def main(argv: list[str] | None = None) -> int:
     from jsonargparse import auto_cli
 
+    quiet_libraries()
     commands = {
         "prepare": {"_help": "make data to train on", "scenes": scenes},
         "evaluate": evaluate,
