@@ -25,12 +25,12 @@ from pathlib import Path
 import numpy as np
 
 REPORTED_SEEDS = (101, 102, 103)  # no setting was chosen by looking at them
-TAUS = ("1.5", "2", "2.5", "3", "4")
+TAUS = ("3", "4", "5", "6", "7")
 KINDS = ("duplicates", "distinct")
 FIGURES = ("memorization_rate", "copy_similarity", "agreement", "seed_agreement")
 COLUMNS = ["recipe", "setting", "seed", *(f"{f}_{k}" for f in FIGURES for k in KINDS), "dropped_duplicates", "dropped_distinct",
            "seconds"]  # fmt: skip
-PREPARE = ("--duplicates=20", "--repeats=200", "--distinct=12000")
+PREPARE = ("--duplicates=20", "--repeats=500", "--distinct=6000")
 EVALUATE = ("--distinct=40", "--seeds=4", "--steps=20", "--guidance_scale=4")
 ROOT = Path(__file__).resolve().parent.parent
 

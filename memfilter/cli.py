@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 
-def scenes(out: str, seed: int = 0, duplicates: int = 20, repeats: int = 200, distinct: int = 12000) -> None:
+def scenes(out: str, seed: int = 0, duplicates: int = 20, repeats: int = 500, distinct: int = 6000) -> None:
     """Write clipart scenes as webdataset shards with an index of roles and repeats.
 
     Args:

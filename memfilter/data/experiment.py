@@ -74,7 +74,7 @@ def scene_of(seed: int, stream: int, index: int) -> scenes.Scene:
     return scenes.draw(seed, stream, index, specific=index % 2)
 
 
-def prepare_scenes(out: Path, seed: int = 0, duplicates: int = 20, repeats: int = 200, distinct: int = 12_000) -> Path:
+def prepare_scenes(out: Path, seed: int = 0, duplicates: int = 20, repeats: int = 500, distinct: int = 6_000) -> Path:
     """Writes clipart scenes as shards and an index; the directory appears when it is complete.
 
     Args:
