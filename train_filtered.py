@@ -23,7 +23,7 @@ def main(argv: list[str] | None = None) -> int:
 
     import logging
 
-    from memfilter.cli import quiet_libraries
+    from memfilter.cli import quiet_libraries, report_error
 
     quiet_libraries()
     from memfilter.config import ConfigError
@@ -36,9 +36,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         train(config)
     except (ConfigError, ModelError, ShardError, NonFiniteNorm, EmptySteps) as error:
-        for line in str(error).splitlines():
-            print(f"error: {line}", file=sys.stderr)
-        return 1
+        return report_error(error)
     return 0
 
 

@@ -10,9 +10,8 @@ trap 'trap - TERM; kill 0' TERM
 
 [ -d "$runs/scenes" ] || memfilter prepare scenes "$runs/scenes"
 
-fine_tune() { # name, tau, further arguments
+fine_tune() { # name, tau
     local name="$1" tau="$2"
-    shift 2
     if [ ! -f "$runs/$name/summary.json" ]; then
         rm -rf "${runs:?}/$name"
         python train_filtered.py --config configs/quickstart.yaml --run_dir "$runs/$name" --filter.tau="$tau"

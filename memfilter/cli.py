@@ -60,6 +60,13 @@ def quiet_libraries() -> None:
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
 
 
+def report_error(error: Exception) -> int:
+    """Prints each line of the message as an error; returns the exit code."""
+    for line in str(error).splitlines():
+        print(f"error: {line}", file=sys.stderr)
+    return 1
+
+
 def main(argv: list[str] | None = None) -> int:
     from jsonargparse import auto_cli
 
@@ -72,9 +79,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         auto_cli(commands, args=argv, prog="memfilter", as_positional=True)
     except (ValueError, OSError) as error:
-        for line in str(error).splitlines():
-            print(f"error: {line}", file=sys.stderr)
-        return 1
+        return report_error(error)
     return 0
 
 

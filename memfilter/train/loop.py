@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import os
 import time
 from collections.abc import Callable
@@ -25,8 +24,6 @@ from memfilter.data.experiment import Experiment, index_beside
 from memfilter.data.shards import Shards
 from memfilter.pipelines import export_pipeline, load_pipeline
 from memfilter.train.tracking import Audit, Tracker
-
-log = logging.getLogger(__name__)
 
 
 def train(config: Config, progress: bool = True) -> dict:
