@@ -49,7 +49,7 @@ def run(work: Path, seed: int, tau: str) -> dict:
     if not (out / "summary.json").exists():
         shutil.rmtree(out, ignore_errors=True)
         _call(out, "train_filtered.py", "--config", "configs/quickstart.yaml", f"--run_dir={out}",
-              f"--data.shards={_scenes(work, seed)}", f"--filter.tau={tau}", f"--train.seed={seed}")  # fmt: skip
+              f"--data.path={_scenes(work, seed)}", f"--filter.tau={tau}", f"--train.seed={seed}")  # fmt: skip
     if not (out / "evaluation.json").exists():
         _call(out, "-m", "memfilter.cli", "evaluate", str(out), *EVALUATE)
     summary, evaluation = (json.loads((out / f"{name}.json").read_text()) for name in ("summary", "evaluation"))

@@ -22,7 +22,7 @@ class DataConfig:
     """What it is fine-tuned on.
 
     Args:
-        shards: directory of img2dataset-style tar shards (.png/.jpg/.webp, .txt, .json), or one tar file.
+        path: directory of img2dataset-style tar shards (.png/.jpg/.webp, .txt, .json), or one tar file.
         index: Parquet file with key, role (distinct or duplicate) and repeats; by default index.parquet beside the
             shards where there is one, else every sample counts once.
         resolution: pixels; shorter side, then centre crop. By default what the denoiser was made for.
@@ -30,7 +30,7 @@ class DataConfig:
         workers: processes that read and decode ahead; 0 reads in the main process.
     """
 
-    shards: str = "runs/scenes"
+    path: str = "runs/scenes"
     index: str | None = None
     resolution: int | None = None
     caption_dropout: float = 0.1
@@ -70,7 +70,8 @@ class TrainConfig:
         adam_eps: AdamW's epsilon.
         weight_decay: AdamW's.
         max_grad_norm: gradients are clipped to this norm.
-        ema_decay: per optimizer step, of the averaged weights that are exported; 0 exports the last weights.
+        ema_half_life: samples after which a weight counts half in the average that is exported; 0 exports the last
+            weights.
         mixed_precision: of the denoiser's forward.
         gradient_checkpointing: less memory for one more forward.
         seed: of the order, noise, timesteps, VAE posterior and caption dropout.
@@ -87,7 +88,7 @@ class TrainConfig:
     adam_eps: float = 1e-8
     weight_decay: float = 1e-2
     max_grad_norm: float = 1.0
-    ema_decay: float = 0.999
+    ema_half_life: float = 5_000
     mixed_precision: Literal["no", "fp16", "bf16"] = "no"
     gradient_checkpointing: bool = False
     seed: int = 0
@@ -134,10 +135,10 @@ def check(config: Config) -> None:
     for name in ("samples", "batch_size", "accumulation", "learning_rate", "adam_eps", "max_grad_norm"):
         if not getattr(train, name) > 0:
             errors.append(f"train.{name} must be above 0, found {getattr(train, name)}")
-    for name in ("warmup_samples", "weight_decay", "seed"):
+    for name in ("warmup_samples", "weight_decay", "ema_half_life", "seed"):
         if not getattr(train, name) >= 0:
             errors.append(f"train.{name} must be at least 0, found {getattr(train, name)}")
-    for name in ("adam_beta1", "adam_beta2", "ema_decay"):
+    for name in ("adam_beta1", "adam_beta2"):
         if not 0 <= getattr(train, name) < 1:
             errors.append(f"train.{name} must be at least 0 and below 1, found {getattr(train, name)}")
     if not 0 <= config.data.caption_dropout < 1:

@@ -43,8 +43,8 @@ def evaluate_run(
     if not (run_dir / "summary.json").is_file():
         raise ValueError(f"{run_dir} has no summary.json: it is not a run, or not finished")
     config = json.loads((run_dir / "summary.json").read_text())["config"]
-    shards = Shards.open(config["data"]["shards"])
-    experiment = Experiment.read(config["data"]["index"] or index_beside(config["data"]["shards"]))
+    shards = Shards.open(config["data"]["path"])
+    experiment = Experiment.read(config["data"]["index"] or index_beside(config["data"]["path"]))
     rows = [*np.flatnonzero(experiment.duplicate), *np.flatnonzero(~experiment.duplicate)[:distinct]]
     keys = [experiment.keys[row] for row in rows]
     wanted = [scene_from(shards.facts(key)) for key in keys]

@@ -157,8 +157,8 @@ def train(config: Config, progress: bool = True) -> dict:
 
 
 def _dataset(config: Config, resolution: int) -> sampler.SampleDataset:
-    shards = Shards.open(config.data.shards)
-    index = Path(config.data.index) if config.data.index else index_beside(config.data.shards)
+    shards = Shards.open(config.data.path)
+    index = Path(config.data.index) if config.data.index else index_beside(config.data.path)
     if config.data.index and not index.is_file():
         raise ConfigError(f"data.index: {index} does not exist")
     try:
@@ -167,7 +167,7 @@ def _dataset(config: Config, resolution: int) -> sampler.SampleDataset:
     except ValueError as error:
         raise ConfigError(f"data.index: {error}") from error
     if not len(experiment.keys):
-        raise ConfigError(f"data.shards: {config.data.shards} has no sample to train on")
+        raise ConfigError(f"data.path: {config.data.path} has no sample to train on")
     stream = sampler.SampleStream(experiment.virtual(), config.train.seed)
     return sampler.SampleDataset(shards, experiment, stream, resolution)
 
@@ -199,7 +199,10 @@ def _lr_schedule(config: TrainConfig, optimizer: torch.optim.Optimizer) -> Calla
 
 def _ema(unet, config: TrainConfig) -> EMAModel | None:
     # diffusers' shadow takes the dtype of the parameters, which are fp32 here: low-precision averages lose updates
-    return EMAModel(unet.parameters(), decay=config.ema_decay, use_ema_warmup=False) if config.ema_decay else None
+    if not config.ema_half_life:
+        return None
+    decay = 0.5 ** (config.batch_size * config.accumulation / config.ema_half_life)
+    return EMAModel(unet.parameters(), decay=decay, use_ema_warmup=False)
 
 
 def _summary_line(metrics: dict[str, float]) -> str:

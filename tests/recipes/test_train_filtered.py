@@ -28,7 +28,7 @@ def train_filtered(*arguments):
 def finished(tmp_path_factory, scenes_dir):
     run = tmp_path_factory.mktemp("runs") / "run"
     done = train_filtered(
-        f"--run_dir={run}", f"--data.shards={scenes_dir}", "--train.samples=64", "--train.accumulation=2",
+        f"--run_dir={run}", f"--data.path={scenes_dir}", "--train.samples=64", "--train.accumulation=2",
         "--filter.tau=2.5", "--log.every=16", "--log.wandb=offline",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
@@ -51,7 +51,7 @@ def test_run_leaves_metrics_audit_summary_and_a_pipeline_of_the_stock_class(fini
 
 def test_second_run_into_the_same_directory_is_refused_and_loses_nothing(finished, scenes_dir):
     before = (finished / "metrics.jsonl").read_bytes()
-    done = train_filtered(f"--run_dir={finished}", f"--data.shards={scenes_dir}")
+    done = train_filtered(f"--run_dir={finished}", f"--data.path={scenes_dir}")
     assert done.returncode == 1
     assert "is not empty" in done.stderr
     assert (finished / "metrics.jsonl").read_bytes() == before
@@ -67,14 +67,14 @@ def test_second_run_into_the_same_directory_is_refused_and_loses_nothing(finishe
         (["--train.seed=-1"], "train.seed must be at least 0"),
         (["--train.samples=30", "--train.batch_size=8"], "must be a multiple of batch_size x accumulation = 8"),
         (["--train.warmup_samples=8"], "use train.lr_schedule=constant_with_warmup"),
-        (["--data.shards=/nonexistent"], "no shard found"),
+        (["--data.path=/nonexistent"], "no shard found"),
         (["--data.index=/nonexistent"], "data.index"),
         (["--model.path=/nonexistent"], "is not a pipeline directory"),
     ],
 )
 def test_bad_setting_is_named_and_nothing_is_written(tmp_path, scenes_dir, arguments, message):
     run = tmp_path / "run"
-    done = train_filtered(f"--run_dir={run}", f"--data.shards={scenes_dir}", *arguments)
+    done = train_filtered(f"--run_dir={run}", f"--data.path={scenes_dir}", *arguments)
     assert done.returncode != 0
     assert message in done.stderr
     assert "Traceback" not in done.stderr
@@ -87,4 +87,4 @@ def test_help_names_every_section_within_three_seconds():
     done = train_filtered("--help")
     assert time.perf_counter() - start < 3
     assert done.returncode == 0
-    assert all(f"--{name}" in done.stdout for name in ("model.path", "data.shards", "filter.tau", "train.samples", "log.every"))
+    assert all(f"--{name}" in done.stdout for name in ("model.path", "data.path", "filter.tau", "train.samples", "log.every"))

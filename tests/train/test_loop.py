@@ -16,10 +16,10 @@ from memfilter.pipelines import model_dir
 
 def run(tmp_path, scenes_dir, name="run", tau=2.5, **settings):
     caption_dropout = settings.pop("caption_dropout", 0.1)
-    settings = {"samples": 24, "batch_size": 4, "learning_rate": 1e-4, "ema_decay": 0.0} | settings
+    settings = {"samples": 24, "batch_size": 4, "learning_rate": 1e-4, "ema_half_life": 0} | settings
     config = Config(
         run_dir=str(tmp_path / name),
-        data=DataConfig(shards=str(scenes_dir), caption_dropout=caption_dropout),
+        data=DataConfig(path=str(scenes_dir), caption_dropout=caption_dropout),
         filter=FilterConfig(tau=tau, max_empty_steps=4),
         train=TrainConfig(**settings),
         log=LogConfig(every=8),
@@ -60,7 +60,7 @@ def test_tau_inf_ends_in_the_weights_of_a_run_without_the_extra_pass(tmp_path, s
 
 def test_run_that_keeps_nothing_leaves_the_base_untouched_and_then_gives_up(tmp_path, scenes_dir):
     nothing = {"tau": 1e-6, "caption_dropout": 0.0}
-    summary, weights = run(tmp_path, scenes_dir, samples=12, ema_decay=0.5, **nothing)
+    summary, weights = run(tmp_path, scenes_dir, samples=12, ema_half_life=4, **nothing)
     base = load_file(model_dir("scenes") / "unet" / "diffusion_pytorch_model.safetensors")
     assert summary["filter/drop_rate"] == 1
     assert summary["filter/empty_steps"] == 3

@@ -59,9 +59,9 @@ def test_fifty_steps_end_in_the_kept_sets_and_weights_of_the_official_algorithm(
     config = Config(
         run_dir=str(tmp_path / "run"),
         model=ModelConfig("scenes"),
-        data=DataConfig(shards=str(scenes_dir), caption_dropout=0.0),
+        data=DataConfig(path=str(scenes_dir), caption_dropout=0.0),
         filter=FilterConfig(tau=TAU),
-        train=TrainConfig(samples=STEPS * BATCH, batch_size=BATCH, learning_rate=LR, ema_decay=0.0, seed=SEED),
+        train=TrainConfig(samples=STEPS * BATCH, batch_size=BATCH, learning_rate=LR, ema_half_life=0, seed=SEED),
         log=LogConfig(every=50),
     )
     summary = train(config, progress=False)
