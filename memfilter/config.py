@@ -2,8 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import difflib
+import json
+import math
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Literal
+
+
+LR_SCHEDULES = ("constant", "constant_with_warmup", "piecewise_constant", "linear", "cosine", "cosine_with_restarts", "polynomial")
 
 
 @dataclass
@@ -11,10 +20,21 @@ class ModelConfig:
     """What is fine-tuned.
 
     Args:
-        path: directory in the diffusers layout, or "scenes" for the tiny base model that comes with the package.
+        path: directory in the diffusers layout or hub id of a Stable Diffusion 1.x, 2.x or XL pipeline; "scenes" is the
+            tiny base model that comes with the package.
+        variant: of the weights, such as fp16.
+        revision: of a hub id.
+        lora_rank: null fine-tunes the whole denoiser, a number trains LoRA matrices of this rank.
+        lora_alpha: scale of the LoRA update times the rank; by default the rank.
+        lora_targets: layers of the denoiser that get LoRA matrices.
     """
 
     path: str = "scenes"
+    variant: str | None = None
+    revision: str | None = None
+    lora_rank: int | None = None
+    lora_alpha: float | None = None
+    lora_targets: list[str] = field(default_factory=lambda: ["to_q", "to_k", "to_v", "to_out.0"])
 
 
 @dataclass
@@ -22,18 +42,28 @@ class DataConfig:
     """What it is fine-tuned on.
 
     Args:
-        path: directory of img2dataset-style tar shards (.png/.jpg/.webp, .txt, .json), or one tar file.
+        path: img2dataset-style tar shards (.png/.jpg/.webp, .txt, .json): their directory, or one tar file; or a flat
+            folder of pictures with .txt files of the same names.
         index: Parquet file with key, role (distinct or duplicate) and repeats; by default index.parquet beside the
-            shards where there is one, else every sample counts once.
-        resolution: pixels; shorter side, then centre crop. By default what the denoiser was made for.
+            data where there is one, else every sample counts once.
+        resolution: pixels; the shorter side becomes this, then a square is cropped. By default what the denoiser was
+            made for.
+        random_crop: the square lies at random; else in the centre.
+        random_flip: mirrors every second picture, at random.
         caption_dropout: share of samples that are shown with the empty caption (classifier-free guidance).
-        workers: processes that read and decode ahead; 0 reads in the main process.
+        max_bad_share: more unreadable samples than this share of train.samples end the run.
+        cache_gb: memory on the device for encodings of pictures and captions that come again.
+        workers: processes that read and decode ahead; 0 reads in the main process, and only what is not in the cache.
     """
 
     path: str = "runs/scenes"
     index: str | None = None
     resolution: int | None = None
+    random_crop: bool = False
+    random_flip: bool = False
     caption_dropout: float = 0.1
+    max_bad_share: float = 0.01
+    cache_gb: float = 1.0
     workers: int = 0
 
 
@@ -62,35 +92,49 @@ class TrainConfig:
         samples: budget.
         batch_size: samples per forward.
         accumulation: forwards per optimizer step.
-        learning_rate: of AdamW, at its highest.
+        optimizer: adamw, or bitsandbytes' with state in 8 bits.
+        learning_rate: at its highest.
         lr_schedule: a schedule of diffusers.
         warmup_samples: the learning rate rises linearly over so many samples.
+        lr_cycles: of cosine_with_restarts.
+        lr_power: of polynomial.
+        lr_rules: of piecewise_constant, factors and the samples up to which they hold: "1:80000,0.1:120000,0.01".
         adam_beta1: decay of AdamW's first moment.
         adam_beta2: decay of AdamW's second moment.
         adam_eps: AdamW's epsilon.
         weight_decay: AdamW's.
         max_grad_norm: gradients are clipped to this norm.
+        snr_gamma: min-SNR loss weighting (5 in its paper); null weighs all timesteps alike.
+        noise_offset: the noise of every channel is shifted by this times a normal draw; 0 for none.
         ema_half_life: samples after which a weight counts half in the average that is exported; 0 exports the last
             weights.
-        mixed_precision: of the denoiser's forward.
+        mixed_precision: of the denoiser's forward; fp16 scales the loss.
         gradient_checkpointing: less memory for one more forward.
-        seed: of the order, noise, timesteps, VAE posterior and caption dropout.
+        compile: backend of torch.compile for the denoiser, such as inductor; null does not compile.
+        seed: of the order, crops, noise, timesteps, VAE posterior and caption dropout.
     """
 
     samples: int = 16_000
     batch_size: int = 8
     accumulation: int = 1
+    optimizer: Literal["adamw", "adamw_8bit"] = "adamw"
     learning_rate: float = 1e-5
-    lr_schedule: Literal["constant", "constant_with_warmup", "linear", "cosine"] = "constant"
+    lr_schedule: Literal[LR_SCHEDULES] = "constant"
     warmup_samples: int = 0
+    lr_cycles: int = 1
+    lr_power: float = 1.0
+    lr_rules: str | None = None
     adam_beta1: float = 0.9
     adam_beta2: float = 0.999
     adam_eps: float = 1e-8
     weight_decay: float = 1e-2
     max_grad_norm: float = 1.0
+    snr_gamma: float | None = None
+    noise_offset: float = 0.0
     ema_half_life: float = 5_000
     mixed_precision: Literal["no", "fp16", "bf16"] = "no"
     gradient_checkpointing: bool = False
+    compile: str | None = None
     seed: int = 0
 
 
@@ -100,13 +144,25 @@ class LogConfig:
 
     Args:
         every: samples between two lines of metrics.jsonl.
-        wandb: whether Weights & Biases is used, and how.
+        wandb: whether Weights & Biases is used, and how. Nothing but this key decides: no environment variable does.
         project: Weights & Biases project.
+        tensorboard: whether event files are written to tensorboard/.
+        validation_every: samples between two sheets of pictures from the model as it is; 0 for none.
+        validation_prompts: so many known duplicates and as many distinct samples are shown.
+        validation_steps: of the sampler.
+        validation_guidance_scale: of classifier-free guidance.
+        gallery: so many of the samples that were dropped most often are shown in dropped.html; 0 for none.
     """
 
     every: int = 800
     wandb: Literal["disabled", "offline", "online"] = "disabled"
     project: str = "memfilter"
+    tensorboard: bool = False
+    validation_every: int = 0
+    validation_prompts: int = 4
+    validation_steps: int = 20
+    validation_guidance_scale: float = 7.5
+    gallery: int = 50
 
 
 @dataclass
@@ -114,7 +170,7 @@ class Config:
     """A run.
 
     Args:
-        run_dir: where metrics.jsonl, audit.parquet, summary.json and pipeline/ go; must not hold a run already.
+        run_dir: where metrics.jsonl, audit.parquet, summary.json and pipeline/ or lora/ go; must not hold a run already.
     """
 
     run_dir: str = "runs/default"
@@ -129,33 +185,44 @@ class ConfigError(ValueError):
     """Settings that cannot be run; the message has one line for each."""
 
 
+# section.name: what must hold
+_POSITIVE = ("train.samples", "train.batch_size", "train.accumulation", "train.learning_rate", "train.adam_eps",
+             "train.max_grad_norm", "train.snr_gamma", "train.lr_cycles", "train.lr_power", "model.lora_rank",
+             "model.lora_alpha", "data.resolution", "log.every", "log.validation_prompts", "log.validation_steps")  # fmt: skip
+_NOT_NEGATIVE = ("train.warmup_samples", "train.weight_decay", "train.ema_half_life", "train.noise_offset", "train.seed",
+                 "data.cache_gb", "data.workers", "log.validation_every", "log.validation_guidance_scale", "log.gallery")  # fmt: skip
+_SHARES = ("train.adam_beta1", "train.adam_beta2", "data.caption_dropout", "data.max_bad_share")
+
+
 def check(config: Config) -> None:
     """Raises ConfigError with every setting that is out of range."""
     train, errors = config.train, []
-    for name in ("samples", "batch_size", "accumulation", "learning_rate", "adam_eps", "max_grad_norm"):
-        if not getattr(train, name) > 0:
-            errors.append(f"train.{name} must be above 0, found {getattr(train, name)}")
-    for name in ("warmup_samples", "weight_decay", "ema_half_life", "seed"):
-        if not getattr(train, name) >= 0:
-            errors.append(f"train.{name} must be at least 0, found {getattr(train, name)}")
-    for name in ("adam_beta1", "adam_beta2"):
-        if not 0 <= getattr(train, name) < 1:
-            errors.append(f"train.{name} must be at least 0 and below 1, found {getattr(train, name)}")
-    if not 0 <= config.data.caption_dropout < 1:
-        errors.append(f"data.caption_dropout must be at least 0 and below 1, found {config.data.caption_dropout}")
-    if config.data.workers < 0:
-        errors.append(f"data.workers must be at least 0, found {config.data.workers}")
+
+    def require(names: tuple[str, ...], holds: Callable[[float], bool], wording: str) -> None:
+        for name in names:
+            section, _, key = name.partition(".")
+            value = getattr(getattr(config, section), key)
+            if value is not None and not (math.isfinite(value) and holds(value)):
+                errors.append(f"{name} must be {wording}, found {value}")
+
+    require(_POSITIVE, lambda value: value > 0, "above 0")
+    require(_NOT_NEGATIVE, lambda value: value >= 0, "at least 0")
+    require(_SHARES, lambda value: 0 <= value < 1, "at least 0 and below 1")
     step = train.batch_size * train.accumulation
     if step > 0 and train.samples % step:
         errors.append(f"train.samples must be a multiple of batch_size x accumulation = {step}, found {train.samples}: "
                       f"the last step would weigh its samples otherwise than the rest")  # fmt: skip
-    if train.warmup_samples and train.lr_schedule == "constant":
-        errors.append(f"train.warmup_samples={train.warmup_samples} has no effect on the constant schedule: "
+    if train.warmup_samples and train.lr_schedule in ("constant", "piecewise_constant"):
+        errors.append(f"train.warmup_samples={train.warmup_samples} has no effect on the {train.lr_schedule} schedule: "
                       "use train.lr_schedule=constant_with_warmup")  # fmt: skip
-    if config.log.every < 1:
-        errors.append(f"log.every must be at least 1, found {config.log.every}")
-    if config.data.resolution is not None and config.data.resolution < 1:
-        errors.append(f"data.resolution must be at least 1, found {config.data.resolution}")
+    if (train.lr_schedule == "piecewise_constant") != (train.lr_rules is not None):
+        errors.append("train.lr_rules and train.lr_schedule=piecewise_constant need each other")
+    if train.lr_rules is not None and not re.fullmatch(r"([\d.e-]+:\d+,)*[\d.e-]+", train.lr_rules):
+        errors.append(f'train.lr_rules must look like "1:80000,0.1:120000,0.01", found {train.lr_rules!r}')
+    if config.model.lora_rank is not None and not config.model.lora_targets:
+        errors.append("model.lora_targets must name at least one layer")
+    if not re.fullmatch(r"[\w.-]+", config.log.project):
+        errors.append(f"log.project must consist of letters, digits, '_', '-' and '.', found {config.log.project!r}")
     try:
         make_filter(config.filter)
     except ValueError as error:
@@ -171,3 +238,92 @@ def make_filter(config: FilterConfig):
     return MemFilter(
         config.tau, reduction=config.reduction, unit=config.unit, max_empty_steps=config.max_empty_steps
     )
+
+
+def parse(argv: list[str], description: str = "") -> Config:
+    """The configuration that a command line asks for; ``--help`` and ``--print_config`` print and exit.
+
+    Raises:
+        ConfigError: with every setting that is unknown, of the wrong type or out of range.
+    """
+    from jsonargparse import ArgumentError, ArgumentParser
+
+    parser = ArgumentParser(description=description, default_env=False, exit_on_error=False)
+    parser.add_argument("--config", action="config", help="YAML file with any of the settings below")
+    parser.add_class_arguments(Config, as_group=False)
+
+    def build(arguments: list[str]) -> Config:
+        parsed = parser.parse_args(arguments)
+        parsed.pop("config", None)
+        return Config(**vars(parser.instantiate(parsed)))
+
+    # YAML's infinity is .inf; people and sweeps write inf
+    argv = [re.sub(r"^((?:--[\w.]+=)?-?)(inf|nan)$", r"\1.\2", argument) for argument in argv]
+    try:
+        config, errors = build(argv), []
+    except ArgumentError as error:
+        good, errors = _sort_out(argv, build)
+        config, errors = build(good), errors or [str(error)]
+    try:
+        check(config)
+    except ConfigError as error:
+        errors += str(error).splitlines()
+    if errors:
+        raise ConfigError("\n".join(errors))
+    return config
+
+
+def _sort_out(argv: list[str], build: Callable[[list[str]], Config]) -> tuple[list[str], list[str]]:
+    """Tries every setting by itself: (arguments that can be read, what is wrong with the others). The parser stops at
+    the first one."""
+    from jsonargparse import ArgumentError
+
+    known = {name for name, _ in _leaves(asdict(Config()))}
+    good, errors = [], []
+    for name, value, where in _settings(argv, errors):
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            errors.append(f"{where}{name} is no setting" + (f": did you mean {near[0]}?" if near else ", see --help"))
+            continue
+        argument = f"--{name}={value if isinstance(value, str) else json.dumps(value)}"
+        try:
+            build([argument])
+            good.append(argument)
+        except ArgumentError as error:
+            reason = re.sub(r'^Parser key "[^"]*": ', "", " ".join(str(error).split()).split(" Given value")[0])
+            errors.append(f"{where}{name}={value!r}: {reason}")
+    return good, errors
+
+
+def _settings(argv: list[str], errors: list[str]) -> Iterator[tuple[str, object, str]]:
+    """(name, value, where it stands) of every setting in the files and on the command line."""
+    import yaml
+
+    words = iter(argv)
+    for word in words:
+        name, given, value = word.removeprefix("--").partition("=")
+        if not word.startswith("--"):
+            errors.append(f"{word!r} is no setting: settings look like --filter.tau=4")
+            continue
+        value = value if given else next(words, "")
+        if name != "config":
+            yield name, value, ""
+            continue
+        try:
+            content = yaml.safe_load(Path(value).read_text())
+        except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
+            errors.append(f"--config {value}: {' '.join(str(error).split())}")
+            continue
+        if not isinstance(content, dict):
+            errors.append(f"--config {value}: expected settings, found {type(content).__name__}")
+            continue
+        for leaf, setting in _leaves(content):
+            yield leaf, setting, f"{value}: "
+
+
+def _leaves(tree: dict, prefix: str = "") -> Iterator[tuple[str, object]]:
+    for name, value in tree.items():
+        if isinstance(value, dict):
+            yield from _leaves(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value

@@ -35,6 +35,36 @@ class Verdict:
     keys: Sequence[str] | None
 
 
+class _Readback:
+    """What a forward found, on its way to the host. The copy is asked for before the backward is queued and waited for
+    after: the device has work all the while, and the host knows before the update."""
+
+    def __init__(self, verdict: Verdict):
+        self.keys = verdict.keys
+        facts = torch.stack([verdict.keep, torch.isfinite(verdict.text_norm)])  # [2, B]
+        self._host = facts.to("cpu", non_blocking=True)
+        self._arrived = None
+        if facts.device.type != "cpu":
+            self._arrived = torch.get_device_module(facts.device).Event()
+            self._arrived.record()
+
+    def read(self) -> int:
+        """How many samples are kept.
+
+        Raises:
+            NonFiniteNorm: some norm is NaN or infinite.
+        """
+        if self._arrived is not None:
+            self._arrived.synchronize()
+        keep, finite = self._host
+        if not finite.all():
+            bad = (~finite).nonzero().flatten().tolist()
+            names = ", ".join(str(self.keys[i]) if self.keys is not None else f"row {i}" for i in bad)
+            raise NonFiniteNorm(f"the text norm of {len(bad)} of {len(finite)} samples is not finite ({names}): "
+                                "look for NaN in their latents, or lower the learning rate")  # fmt: skip
+        return int(keep.sum())
+
+
 class MemFilter:
     """Leaves samples out of the loss whose text-conditional noise prediction is abnormally large.
 
@@ -48,7 +78,7 @@ class MemFilter:
 
     Args:
         tau: samples whose norm is not below it are dropped (Section 4.2 of the paper; 2..6 there, for Stable Diffusion
-            at 512 px). ``inf``: measure only. None: no extra pass, nothing measured.
+            at 512 px). ``inf``: measure only. None: no extra pass, nothing checked.
         reduction: ``kept`` or ``batch``, see `masked_loss`.
         unit: ``l2`` (the paper's) or ``rms``, see `text_norm`.
         max_empty_steps: so many optimizer steps in a row that keep nothing raise `EmptySteps`.
@@ -76,11 +106,12 @@ class MemFilter:
         self.reduction = reduction
         self.max_empty_steps = max_empty_steps
         self.stats = stats or FilterStats()
-        self.verdict: Verdict | None = None  # of the last checked forward
+        self.verdict: Verdict | None = None  # of the last training forward
         self._unused = False  # no loss was made from the verdict yet
         self._facts: dict = {}
         self._factors: Tensor | None = None  # [T], None for epsilon prediction
-        self._kept_in_step: Tensor | int = 0
+        self._unread: _Readback | None = None  # of the last training forward
+        self._kept_in_step = 0
         self._empty_in_a_row = 0
 
     def wrap(self, unet: nn.Module, null, scheduler=None) -> FilteredUNet:
@@ -104,7 +135,7 @@ class MemFilter:
             self.stats.num_train_timesteps = len(factors)
         return FilteredUNet(unet, null, self._judge, self.active)
 
-    def batch(self, *, keys=None, duplicate=None, caption_dropped=None) -> None:
+    def batch(self, *, keys=None, duplicate=None, caption_dropped=None, excluded=None) -> None:
         """What is known of the samples of the next training forward; all optional, each of length B.
 
         Args:
@@ -112,16 +143,29 @@ class MemFilter:
             duplicate: whether the sample is known to be duplicated; splits the statistics.
             caption_dropped: whether its caption was replaced by the empty one. Its norm is 0 by definition: it is
                 neither checked nor dropped.
+            excluded: whether the sample is left out of the loss whatever its norm, such as one that could not be
+                read. It is not checked and counts apart.
         """
-        self._facts = {"keys": keys, "duplicate": duplicate, "caption_dropped": caption_dropped}
+        self._facts = {
+            "keys": keys,
+            "duplicate": duplicate,
+            "caption_dropped": caption_dropped,
+            "excluded": excluded,
+        }
 
-    def _judge(self, cond: Tensor, null: Tensor, timesteps: Tensor) -> tuple[Tensor, Tensor]:
+    def _judge(self, cond: Tensor, null: Tensor | None, timesteps: Tensor) -> tuple[Tensor, Tensor]:
+        """Verdict on one training forward: (text_norm [B], keep [B]); ``null`` is None where no pass was made for it."""
+        self._settle()
         facts, self._facts = self._facts, {}
         device, count = cond.device, len(cond)
         if (keys := facts.get("keys")) is not None and len(keys) != count:
             raise ValueError(f"MemFilter.batch(keys=...) must have one entry for each of the {count} samples, "
                              f"found {len(keys)}")  # fmt: skip
-        checked = torch.ones(count, dtype=torch.bool, device=device)
+        checked = torch.full((count,), null is not None, device=device)
+        excluded = torch.zeros_like(checked)
+        if (given := facts.get("excluded")) is not None:
+            excluded = _bools(given, count, device, "excluded")
+            checked &= ~excluded
         if (dropped := facts.get("caption_dropped")) is not None:
             checked &= ~_bools(dropped, count, device, "caption_dropped")
         factor = None
@@ -129,39 +173,37 @@ class MemFilter:
             self._factors = self._factors.to(device)
             factor = self._factors[timesteps.long()]
             checked &= factor != 0
-        norm = text_norm(cond, null, factor, self.threshold.unit)
-        norm = torch.where(checked, norm, 0)
-        self._require_finite(norm, facts.get("keys"))
-        keep = self.threshold(norm, timesteps) | ~checked
+        norm = torch.zeros(count, device=device)
+        if null is not None:
+            norm = torch.where(checked, text_norm(cond, null, factor, self.threshold.unit), 0)
+        keep = (self.threshold(norm, timesteps) | ~checked) & ~excluded
         group = torch.zeros(count, dtype=torch.long, device=device)
         if (duplicate := facts.get("duplicate")) is not None:
             group = _bools(duplicate, count, device, "duplicate").long() + 1
-        self.stats.add(timesteps, norm, keep, checked, group)
+        self.stats.add(timesteps, norm, keep, checked, group, excluded)
         self.verdict, self._unused = Verdict(timesteps, norm, keep, checked, facts.get("keys")), True
-        self._kept_in_step = self._kept_in_step + keep.sum()
+        self._unread = _Readback(self.verdict)
         return norm, keep
 
-    def _require_finite(self, norm: Tensor, keys) -> None:
-        finite = torch.isfinite(norm)
-        if not finite.all():
-            bad = (~finite).nonzero().flatten().tolist()
-            names = ", ".join(str(keys[i]) if keys is not None else f"row {i}" for i in bad)
-            raise NonFiniteNorm(f"the text norm of {len(bad)} of {len(norm)} samples is not finite ({names}): "
-                                "look for NaN in their latents, or lower the learning rate")  # fmt: skip
+    def _settle(self) -> None:
+        unread, self._unread = self._unread, None
+        if unread is not None:
+            self._kept_in_step += unread.read()
 
-    def loss(self, pred: Tensor, target: Tensor) -> Tensor:
+    def loss(self, pred: Tensor, target: Tensor, weight: Tensor | None = None) -> Tensor:
         """Masked mean squared error of the last forward's samples: [B, ...] -> scalar, graph always intact.
 
+        Args:
+            weight: [B], a factor for every sample's error, such as `min_snr_weight` of its timestep.
+
         Raises:
-            RuntimeError: since the last loss there was no checked forward of this batch size.
+            RuntimeError: since the last loss there was no training forward of this batch size.
         """
-        keep = torch.ones(len(pred), dtype=torch.bool, device=pred.device)
-        if self.active:
-            if not self._unused or len(self.verdict.keep) != len(pred):
-                raise RuntimeError("MemFilter.loss needs the verdict of a training forward of the same batch: call "
-                                   "the wrapped denoiser first, in train mode and with gradients on")  # fmt: skip
-            keep, self._unused = self.verdict.keep, False
-        return masked_loss(pred, target, keep, self.reduction)
+        if not self._unused or len(self.verdict.keep) != len(pred):
+            raise RuntimeError("MemFilter.loss needs the verdict of a training forward of the same batch: call "
+                               "the wrapped denoiser first, in train mode and with gradients on")  # fmt: skip
+        self._unused = False
+        return masked_loss(pred, target, self.verdict.keep, self.reduction, weight)
 
     def before_step(self, optimizer: torch.optim.Optimizer) -> bool:
         """Call between the last backward and the optimizer step; says whether anything was kept in that step.
@@ -170,17 +212,17 @@ class MemFilter:
         AdamW's momentum and weight decay would still move the weights.
 
         Raises:
+            NonFiniteNorm: the norm of some sample of this step is NaN or infinite; the weights are still good.
             EmptySteps: this is the ``max_empty_steps``-th such step in a row.
         """
-        if not self.active:
-            return True
+        self._settle()
         state = getattr(optimizer, "gradient_state", None)  # accelerate's
         if state is not None and not state.sync_gradients:
             return True
-        kept = torch.as_tensor(self._kept_in_step)
+        kept, self._kept_in_step = self._kept_in_step, 0
         if dist.is_available() and dist.is_initialized():  # an update of one rank alone would part the weights
+            kept = torch.tensor(kept, device=None if self.verdict is None else self.verdict.keep.device)
             dist.all_reduce(kept)
-        kept, self._kept_in_step = int(kept), 0
         if kept:
             self._empty_in_a_row = 0
             return True
@@ -194,9 +236,11 @@ class MemFilter:
 
     def metrics(self, accelerator=None) -> dict[str, float]:
         """Counts, rates and norms since the last call, named ``filter/...``; with several ranks every rank calls."""
-        if not self.active:
-            return {}
         return self.stats.compute(_sum_over(accelerator))
+
+    def histograms(self, accelerator=None) -> dict[str, list[int]]:
+        """How the norms since the last call are spread, see `FilterStats.histograms`; every rank calls."""
+        return self.stats.histograms(_sum_over(accelerator))
 
     def state_dict(self) -> dict:
         return {"stats": self.stats.state_dict(), "empty_in_a_row": self._empty_in_a_row}

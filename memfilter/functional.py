@@ -43,6 +43,33 @@ def flow_noise_factor(sigmas: Tensor) -> Tensor:
     return 1 - sigmas
 
 
+def min_snr_weight(prediction_type: str, alphas_cumprod: Tensor, gamma: float) -> Tensor:
+    """Min-SNR loss weight of Hang et al., "Efficient Diffusion Training via Min-SNR Weighting Strategy" (ICCV 2023).
+
+    With snr = abar / (1 - abar): ``epsilon``: min(snr, gamma) / snr; ``v_prediction``: min(snr, gamma) / (snr + 1);
+    ``sample``: min(snr, gamma).
+
+    Args:
+        prediction_type: as diffusers schedulers name it.
+        alphas_cumprod: abar_t, any shape.
+        gamma: 5 in the paper.
+
+    Returns:
+        Same shape as ``alphas_cumprod``. Where abar is 0 an epsilon weight is 1, its limit.
+
+    Raises:
+        ValueError: unknown prediction type.
+    """
+    snr = alphas_cumprod / (1 - alphas_cumprod)
+    if prediction_type == "epsilon":
+        return torch.where(snr > gamma, gamma / snr, 1.0)
+    if prediction_type == "v_prediction":
+        return snr.clamp(max=gamma) / (snr + 1)
+    if prediction_type == "sample":
+        return snr.clamp(max=gamma)
+    raise ValueError(f"unknown prediction type {prediction_type!r}: expected one of {', '.join(PREDICTION_TYPES)}")
+
+
 def text_norm(cond: Tensor, null: Tensor, factor: Tensor | None = None, unit: str = "l2") -> Tensor:
     """Magnitude of the text-conditional noise prediction, ||eps(x_t, e_p) - eps(x_t, e_null)||_2 (Section 3.3).
 
@@ -74,12 +101,15 @@ def keep_mask(norm: Tensor, tau: float) -> Tensor:
     return norm < tau
 
 
-def masked_loss(pred: Tensor, target: Tensor, keep: Tensor, reduction: str = "kept") -> Tensor:
+def masked_loss(
+    pred: Tensor, target: Tensor, keep: Tensor, reduction: str = "kept", weight: Tensor | None = None
+) -> Tensor:
     """Mean squared error over the samples that are kept.
 
     Args:
         pred, target: [B, ...].
         keep: bool [B].
+        weight: [B], a factor for every sample's error, such as `min_snr_weight`; None for 1.
         reduction: ``kept``: mean over the kept samples, as the official code does on one device; ``batch``: the sum
             over the kept samples divided by the batch size, so that a dropped sample weighs as much as a kept one.
 
@@ -94,5 +124,7 @@ def masked_loss(pred: Tensor, target: Tensor, keep: Tensor, reduction: str = "ke
     # a dropped sample may hold anything, even NaN, and NaN * 0 is NaN: select, do not multiply
     difference = torch.where(keep.view(shape), pred.to(precise) - target.to(precise), 0)
     per_sample = difference.square().flatten(1).mean(1)  # [B, ...] -> [B]
+    if weight is not None:
+        per_sample = per_sample * torch.where(keep, weight.to(per_sample), 0)
     count = keep.sum().clamp(min=1) if reduction == "kept" else len(keep)
     return per_sample.sum() / count

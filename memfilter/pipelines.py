@@ -1,19 +1,21 @@
-"""Pipelines in, pipelines out."""
+"""Pipelines in: which models can be fine-tuned, and where a run left its own."""
 
 from __future__ import annotations
 
-import copy
-import shutil
+import json
+import re
 from importlib.resources import files
 from pathlib import Path
 
 import torch
 
 SCENES_BASE = "scenes-base"
+PIPELINES = ("StableDiffusionPipeline", "StableDiffusionXLPipeline")
+PIPELINE, LORA = "pipeline", "lora"  # in a run's directory
 
 
 class ModelError(ValueError):
-    """The model directory is not a pipeline that can be fine-tuned."""
+    """What model.path names is not a pipeline that can be fine-tuned."""
 
 
 def model_dir(path: str) -> Path:
@@ -21,32 +23,58 @@ def model_dir(path: str) -> Path:
     return Path(str(files("memfilter") / "assets" / SCENES_BASE)) if path == "scenes" else Path(path)
 
 
-def load_pipeline(path: str, dtype: torch.dtype = torch.float32):
-    """A StableDiffusionPipeline with weights in ``dtype``, from safetensors only.
+def is_hub_id(path: str) -> bool:
+    """Whether ``model.path`` is no directory but has the form of a hub id, owner/name."""
+    return not model_dir(path).exists() and re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", path) is not None
+
+
+def load_pipeline(
+    path: str, dtype: torch.dtype = torch.float32, variant: str | None = None, revision: str | None = None
+):
+    """A Stable Diffusion 1.x, 2.x or XL pipeline with weights in ``dtype``, from safetensors only.
+
+    Args:
+        path: "scenes", a directory in the diffusers layout, or a hub id.
+        variant, revision: of the weights, as ``from_pretrained`` takes them.
 
     Raises:
-        ModelError: no such directory, or a part is missing.
+        ModelError: nothing is there, a part is missing, or it is a pipeline of another kind.
     """
-    from diffusers import StableDiffusionPipeline
+    from diffusers import DiffusionPipeline
 
-    directory = model_dir(path)
-    if not (directory / "model_index.json").is_file():
-        raise ModelError(f"model.path: {directory} is not a pipeline directory, it has no model_index.json")
+    hub = is_hub_id(path)
+    source = path if hub else str(model_dir(path))
+    if not hub and not (Path(source) / "model_index.json").is_file():
+        raise ModelError(f"model.path: {source} is not a pipeline directory, it has no model_index.json")
+    where = {"revision": revision, "local_files_only": not hub}
     try:
-        pipeline = StableDiffusionPipeline.from_pretrained(
-            directory, dtype=dtype, use_safetensors=True, local_files_only=True
+        kind = DiffusionPipeline.load_config(source, **where)["_class_name"]
+        if kind not in PIPELINES:
+            raise ModelError(f"model.path: {source} is a {kind}: expected one of {', '.join(PIPELINES)}")
+        pipeline = DiffusionPipeline.from_pretrained(
+            source, dtype=dtype, use_safetensors=True, variant=variant, **where
         )
-    except (OSError, ValueError) as error:
-        raise ModelError(f"model.path: {directory} cannot be loaded: {' '.join(str(error).split())}") from error
+        # diffusers passes over what model_index.json does not name
+        missing = [part for part in ("unet", "vae", "text_encoder", "tokenizer") if getattr(pipeline, part) is None]
+        if missing:
+            raise ModelError(f"model.path: {source} has no {' and no '.join(missing)}")
+    except ModelError:
+        raise
+    except Exception as error:  # noqa: BLE001  diffusers, safetensors and the hub each have their own
+        raise ModelError(f"model.path: {source} cannot be loaded: {' '.join(str(error).split())}") from error
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 
 
-def export_pipeline(pipeline, unet, out: Path) -> None:
-    """Writes the pipeline with this denoiser in it; the directory appears when it is complete."""
-    exported = copy.copy(pipeline)
-    exported.register_modules(unet=unet)
-    partial = out.with_name(f".{out.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    exported.save_pretrained(partial, safe_serialization=True)
-    partial.rename(out)
+def load_trained(run_dir: Path):
+    """The pipeline that a finished run has exported: the whole, or its base with the LoRA weights in it.
+
+    Raises:
+        ModelError: there is none.
+    """
+    if not (run_dir / LORA).is_dir():
+        return load_pipeline(str(run_dir / PIPELINE))
+    model = json.loads((run_dir / "summary.json").read_text())["config"]["model"]
+    pipeline = load_pipeline(model["path"], variant=model["variant"], revision=model["revision"])
+    pipeline.load_lora_weights(str(run_dir / LORA))
+    return pipeline

@@ -6,7 +6,10 @@ import torch
 from torch import Tensor
 
 GROUPS = ("unknown", "distinct", "duplicates")
-_FIELDS = ("seen", "checked", "dropped", "norm_sum")
+_FIELDS = ("seen", "checked", "dropped", "excluded", "norm_sum")
+# norms differ by orders of magnitude between models: four bins to the octave, those at the ends open
+_LOWEST, _HIGHEST, _PER_OCTAVE = -8, 12, 4
+HISTOGRAM_EDGES = (0.0, *(2 ** (i / _PER_OCTAVE) for i in range(_LOWEST * _PER_OCTAVE, _HIGHEST * _PER_OCTAVE + 1)))
 
 
 class FilterStats:
@@ -23,19 +26,37 @@ class FilterStats:
         self.empty_steps = 0
         self._window = self._zeros()
         self._total = self._zeros()
+        self._norms = self._no_norms()
+
+    def _no_norms(self, device="cpu") -> Tensor:
+        return torch.zeros(len(GROUPS), self.bins, len(HISTOGRAM_EDGES), dtype=torch.long, device=device)
 
     def _zeros(self, device="cpu") -> Tensor:
         return torch.zeros(len(_FIELDS), len(GROUPS), self.bins, dtype=torch.float64, device=device)
 
     @torch.no_grad()
-    def add(self, timesteps: Tensor, norm: Tensor, keep: Tensor, checked: Tensor, group: Tensor) -> None:
+    def add(
+        self,
+        timesteps: Tensor,
+        norm: Tensor,
+        keep: Tensor,
+        checked: Tensor,
+        group: Tensor,
+        excluded: Tensor | None = None,
+    ) -> None:
         """Takes in one micro-batch: all [B]; ``group`` holds indices into `GROUPS`."""
         if self._window.device != norm.device:
             self._window, self._total = self._window.to(norm.device), self._total.to(norm.device)
+            self._norms = self._norms.to(norm.device)
+        excluded = torch.zeros_like(checked) if excluded is None else excluded
         bins = (timesteps.long() * self.bins // self.num_train_timesteps).clamp(0, self.bins - 1)
         cell = group * self.bins + bins  # [B]
-        for field, values in enumerate((torch.ones_like(checked), checked, checked & ~keep, norm * checked)):
+        fields = (torch.ones_like(checked), checked, checked & ~keep, excluded, norm * checked)
+        for field, values in enumerate(fields):
             self._window[field].view(-1).index_add_(0, cell, values.to(self._window.dtype))
+        place = ((norm.double().log2() - _LOWEST) * _PER_OCTAVE).floor() + 1  # -inf where the norm is 0
+        place = place.nan_to_num(0, len(HISTOGRAM_EDGES) - 1, 0).clamp(0, len(HISTOGRAM_EDGES) - 1).long()
+        self._norms.view(-1).index_add_(0, cell * len(HISTOGRAM_EDGES) + place, checked.long())
 
     def compute(self, reduce=None) -> dict[str, float]:
         """What happened since the last call, as flat metrics named ``filter/...``, and starts a new window.
@@ -47,6 +68,23 @@ class FilterStats:
         self._total += self._window
         self._window = self._zeros(self._window.device)
         return {**_metrics(window.cpu()), "filter/empty_steps": self.empty_steps}
+
+    def histograms(self, reduce=None) -> dict[str, list[int]]:
+        """How many norms were found between neighbouring `HISTOGRAM_EDGES` since the last call, by name.
+
+        Args:
+            reduce: as for `compute`.
+
+        Returns:
+            ``filter/norm_histogram``, with ``_duplicates`` and ``_distinct``, and ``filter/norm_histogram/bin3``;
+            each as long as `HISTOGRAM_EDGES` (the last entry lies above the last edge); those without any left out.
+        """
+        norms = (self._norms if reduce is None else reduce(self._norms)).cpu()
+        self._norms = self._no_norms(self._norms.device)
+        parts = {"": norms.sum((0, 1))}
+        parts |= {f"_{group}": norms[i].sum(0) for i, group in enumerate(GROUPS[1:], start=1)}
+        parts |= {f"/bin{b}": norms[:, b].sum(0) for b in range(self.bins)}
+        return {f"filter/norm_histogram{suffix}": part.tolist() for suffix, part in parts.items() if part.any()}
 
     def totals(self, reduce=None) -> dict[str, float]:
         """The same over the whole run."""
@@ -66,19 +104,23 @@ def _metrics(sums: Tensor) -> dict[str, float]:
     """[field, group, bin] -> named figures; what has no sample has no figure."""
     metrics = {}
 
-    def put(suffix: str, part: Tensor) -> None:
-        seen, checked, dropped, norm_sum = part.tolist()
+    def counts(suffix: str, part: Tensor) -> None:
+        for name, count in zip(_FIELDS[:-1], part.tolist(), strict=False):
+            metrics[f"filter/{name}{suffix}"] = int(count)
+
+    def rates(suffix: str, part: Tensor) -> None:
+        _, checked, dropped, _, norm_sum = part.tolist()
         if checked:
             metrics[f"filter/drop_rate{suffix}"] = dropped / checked
             metrics[f"filter/norm{suffix}"] = norm_sum / checked
-        if not suffix:
-            metrics.update({"filter/seen": int(seen), "filter/checked": int(checked), "filter/dropped": int(dropped)})
 
-    put("", sums.sum((1, 2)))
+    counts("", sums.sum((1, 2)))
+    rates("", sums.sum((1, 2)))
     for i, group in enumerate(GROUPS[1:], start=1):
-        put(f"_{group}", sums[:, i].sum(1))
+        rates(f"_{group}", sums[:, i].sum(1))
     for b in range(sums.shape[2]):
-        put(f"/bin{b}", sums[:, :, b].sum(1))
+        counts(f"/bin{b}", sums[:, :, b].sum(1))
+        rates(f"/bin{b}", sums[:, :, b].sum(1))
         for i, group in enumerate(GROUPS[1:], start=1):
-            put(f"_{group}/bin{b}", sums[:, i, b])
+            rates(f"_{group}/bin{b}", sums[:, i, b])
     return metrics

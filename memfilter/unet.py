@@ -21,9 +21,9 @@ class FilteredUNet(nn.Module):
             arguments, such as ``{"encoder_hidden_states": ..., "added_cond_kwargs": {"text_embeds": ...}}``. Entries
             of a nested mapping replace those of the call; its other entries (SDXL's ``time_ids``) stay.
         judge: called with (cond, null, timesteps), gives (text_norm [B], keep [B]).
-        active: whether the extra pass is wanted at all.
+        active: whether the extra pass is wanted at all; without it ``null`` is None for the judge.
 
-    A forward in eval mode or under no_grad is that of the denoiser, unchecked and uncounted. A checked forward adds
+    A forward in eval mode or under no_grad is that of the denoiser, unchecked and uncounted. A training forward adds
     ``text_norm`` [B] and ``keep`` [B] to the output; with ``return_dict=False`` they stand behind the sample.
     """
 
@@ -48,9 +48,9 @@ class FilteredUNet(nn.Module):
             kwargs["encoder_hidden_states"] = encoder_hidden_states
         if args:
             raise TypeError("a wrapped denoiser takes everything after encoder_hidden_states by keyword")
-        if not (self._active and self.training and torch.is_grad_enabled()):
+        if not (self.training and torch.is_grad_enabled()):
             return self.unet(sample, timestep, **kwargs)
-        null_pred = self._null_pass(sample, timestep, kwargs)
+        null_pred = self._null_pass(sample, timestep, kwargs) if self._active else None
         out = self.unet(sample, timestep, **kwargs)
         cond_pred = out[0] if isinstance(out, tuple) else out.sample
         timesteps = torch.as_tensor(timestep, device=sample.device).expand(len(sample))  # [] or [1] or [B] -> [B]

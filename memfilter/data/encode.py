@@ -2,71 +2,108 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+
 import torch
 from torch import Tensor
 
 
 class Encoder:
-    """Pictures to latents, captions to embeddings.
+    """Pictures to latents, captions to what the denoiser takes.
+
+    Captions go through the pipeline's own ``encode_prompt``, so that training sees what generation will; the empty
+    prompt is what the pipeline guides away from: for SDXL, where its configuration says so, all zeros.
 
     Args:
-        vae: a diffusers AutoencoderKL.
-        text_encoder, tokenizer: of CLIP's kind.
+        pipeline: a StableDiffusionPipeline or StableDiffusionXLPipeline. Its VAE and text encoders are frozen.
         device: where encoding happens and results live.
-        memory: at most so many pictures and so many captions are remembered; later ones are encoded each time.
+        memory: bytes of encodings that are remembered; what does not fit is encoded each time.
     """
 
-    def __init__(self, vae, text_encoder, tokenizer, device, memory: int = 10_000):
-        self.vae = vae.requires_grad_(False).eval().to(device)
-        self.text_encoder = text_encoder.requires_grad_(False).eval().to(device)
-        self.tokenizer = tokenizer
-        self.device = device
-        self.memory = memory
-        self._posteriors: dict[str, Tensor] = {}  # key -> [2, C, H, W], mean and standard deviation
-        self._prompts: dict[str, Tensor] = {}  # caption -> [L, D]
+    def __init__(self, pipeline, device, memory: int = 1 << 30):
+        self.pipeline, self.vae, self.device = pipeline, pipeline.vae, device
+        for name in ("vae", "text_encoder", "text_encoder_2"):
+            if (part := getattr(pipeline, name, None)) is not None:
+                part.requires_grad_(False).eval().to(device)
+        self._free = memory
+        self._pictures: dict[tuple, tuple[Tensor, ...]] = {}  # view -> posterior [2, C, H, W], time_ids [6]
+        self._prompts: dict[str, tuple[Tensor, ...]] = {}  # caption -> [L, D] and, for SDXL, pooled [P]
+        null = self._encode([""], empty=True)
+        self._prompts[""] = tuple(part[0] for part in null)
+
+    @property
+    def remembered(self):
+        """Views of pictures that need not be decoded again."""
+        return self._pictures.keys()
+
+    @property
+    def null(self) -> dict:
+        """Keyword arguments of the denoiser for the empty prompt, for one sample."""
+        return self._named(tuple(part[None] for part in self._prompts[""]))
 
     @torch.no_grad()
-    def latents(
-        self, keys: list[str], pixels: Tensor, draw: Tensor | None = None, remember: list[bool] | None = None
-    ) -> Tensor:
-        """Scaled latents, [B, 3, H, W] -> [B, C, h, w].
+    def pictures(self, batch: dict, draw: Tensor, remember: Sequence[bool] | None = None) -> tuple[Tensor, Tensor]:
+        """Scaled latents [B, C, h, w] and SDXL's time_ids [B, 6] (original size, crop's top left, target size).
 
         Args:
-            keys: names under which the posteriors are remembered.
-            draw: standard normal [B, C, h, w] with which the posterior is sampled; None for its mean.
+            batch: lists view, pixels, original_size and crop_top_left, see `SampleDataset`.
+            draw: standard normal [B, C, h, w] with which the VAE's posterior is sampled.
             remember: which samples are worth a place in memory, because they come again; None for all.
         """
 
-        def encode(rows: list[int]) -> Tensor:
-            posterior = self.vae.encode(pixels[rows].to(self.device, self.vae.dtype)).latent_dist
-            return torch.stack([posterior.mean, posterior.std], 1).float()  # [b, 2, C, h, w]
+        def encode(rows: list[int]) -> tuple[Tensor, ...]:
+            pixels = torch.stack([batch["pixels"][row] for row in rows]).to(self.device, self.vae.dtype)
+            posterior = self.vae.encode(pixels).latent_dist
+            facts = [(*batch["original_size"][r], *batch["crop_top_left"][r], *pixels.shape[-2:]) for r in rows]
+            time_ids = torch.tensor(facts, dtype=torch.float32, device=self.device)
+            return torch.stack([posterior.mean, posterior.std], 1).float(), time_ids  # [b, 2, C, h, w], [b, 6]
 
-        mean, std = self._remembered(self._posteriors, keys, encode, remember).unbind(1)
-        sample = mean if draw is None else mean + std * draw.to(self.device)
-        return sample * self.vae.config.scaling_factor
+        posteriors, time_ids = self._look_up(self._pictures, batch["view"], encode, remember)
+        mean, std = posteriors.unbind(1)
+        return (mean + std * draw.to(self.device)) * self.vae.config.scaling_factor, time_ids
 
     @torch.no_grad()
-    def prompts(self, captions: list[str], remember: list[bool] | None = None) -> Tensor:
-        """Embeddings of captions, [B, L, D]; what is longer than the text encoder takes is cut.
+    def prompts(
+        self, captions: Sequence[str], remember: Sequence[bool] | None = None, time_ids: Tensor | None = None
+    ) -> dict:
+        """Keyword arguments of the denoiser: ``encoder_hidden_states`` [B, L, D] and, for SDXL, ``added_cond_kwargs``.
+
+        What is longer than the text encoder takes is cut; an empty caption is the empty prompt.
 
         Args:
-            remember: as for `latents`.
+            remember: as for `pictures`.
+            time_ids: [B, 6] of `pictures`.
         """
 
-        def encode(rows: list[int]) -> Tensor:
-            tokens = self.tokenizer(
-                [captions[row] for row in rows], padding="max_length", truncation=True, return_tensors="pt"
+        def encode(rows: list[int]) -> tuple[Tensor, ...]:
+            return self._encode([captions[row] for row in rows])
+
+        return self._named(self._look_up(self._prompts, captions, encode, remember), time_ids)
+
+    def _encode(self, captions: list[str], empty: bool = False) -> tuple[Tensor, ...]:
+        with torch.no_grad():
+            encoded = self.pipeline.encode_prompt(
+                captions, device=self.device, num_images_per_prompt=1, do_classifier_free_guidance=empty
             )
-            return self.text_encoder(tokens.input_ids.to(self.device)).last_hidden_state.float()
+        positive, negative = encoded[0::2], encoded[1::2]  # SDXL: embeddings, then pooled ones
+        return tuple(part.float() for part in (negative if empty else positive))
 
-        return self._remembered(self._prompts, captions, encode, remember)
+    def _named(self, encoded: tuple[Tensor, ...], time_ids: Tensor | None = None) -> dict:
+        if len(encoded) == 1:
+            return {"encoder_hidden_states": encoded[0]}
+        added = {"text_embeds": encoded[1]} | ({} if time_ids is None else {"time_ids": time_ids})
+        return {"encoder_hidden_states": encoded[0], "added_cond_kwargs": added}
 
-    def _remembered(self, memory: dict[str, Tensor], names: list[str], encode, remember: list[bool] | None) -> Tensor:
+    def _look_up(
+        self, memory: dict, names: Sequence, encode: Callable, remember: Sequence[bool] | None
+    ) -> tuple[Tensor, ...]:
         found = {name: memory[name] for name in names if name in memory}
         rows = {name: row for row, name in enumerate(names) if name not in found}  # one row for every new name
         if rows:
-            found |= zip(rows, encode(list(rows.values())), strict=True)
-            for name, row in rows.items():
-                if len(memory) < self.memory and (remember is None or remember[row]):
-                    memory[name] = found[name].clone()  # a view would hold its whole batch
-        return torch.stack([found[name] for name in names])
+            for name, *parts in zip(rows, *encode(list(rows.values())), strict=True):
+                found[name] = tuple(parts)
+                size = sum(part.numel() * part.element_size() for part in parts)
+                if size <= self._free and (remember is None or remember[rows[name]]):
+                    memory[name] = tuple(part.clone() for part in parts)  # a view would hold its whole batch
+                    self._free -= size
+        return tuple(torch.stack(parts) for parts in zip(*(found[name] for name in names), strict=True))

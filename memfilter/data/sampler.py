@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Container
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,9 +12,9 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from memfilter.data.experiment import Experiment
-from memfilter.data.shards import Shards
+from memfilter.data.shards import ShardError, Shards
 
-_NOISE, _TIMESTEP, _POSTERIOR, _CAPTION = range(4)
+_NOISE, _TIMESTEP, _POSTERIOR, _CAPTION, _OFFSET, _CROP, _FLIP = range(7)
 
 
 class SampleStream:
@@ -60,41 +61,114 @@ def caption_dropped(seed: int, position: int, share: float) -> bool:
     return bool(_generator(seed, position, _CAPTION).random() < share)
 
 
+def noise_offset(seed: int, position: int, channels: int) -> Tensor:
+    """Standard normal shift of every channel, fp32 [C, 1, 1] (Guttenberg, "Diffusion with Offset Noise", 2023)."""
+    return torch.from_numpy(_generator(seed, position, _OFFSET).standard_normal((channels, 1, 1), np.float32))
+
+
+def crop_place(seed: int, position: int) -> tuple[float, float]:
+    """Where a random crop lies, as shares of the free height and width, uniform in [0, 1)."""
+    top, left = _generator(seed, position, _CROP).random(2)
+    return float(top), float(left)
+
+
+def flipped(seed: int, position: int) -> bool:
+    """Whether the picture is mirrored, with probability 1/2."""
+    return bool(_generator(seed, position, _FLIP).random() < 0.5)
+
+
+@dataclass(frozen=True)
+class View:
+    """How a picture is shown: at which resolution, and which part of it.
+
+    Args:
+        resolution: pixels; the shorter side becomes this, then a square is cropped.
+        random_crop: whether the square lies at random; else in the centre.
+        random_flip: whether every second picture, at random, is mirrored.
+    """
+
+    resolution: int
+    random_crop: bool = False
+    random_flip: bool = False
+
+
 @dataclass
 class SampleDataset(Dataset):
-    """Position in the stream -> key, duplicate (None: unknown), repeats (comes again), caption, and pixels [3, H, W] in
-    [-1, 1]."""
+    """Position in the stream -> what is known of the sample there, as a dict:
+
+    position; key; duplicate (None: unknown); repeats (whether it comes again); caption; view (a name for the pixels:
+    same view, same pixels); pixels [3, H, W] in [-1, 1], None where ``remembered`` has the view; original_size (height,
+    width) and crop_top_left, as SDXL is conditioned on them; bad (why the sample could not be read, else None: its
+    pixels are then 0 and its caption empty).
+
+    Args:
+        budget: positions that will be asked for; beyond the first epoch every sample comes again.
+        remembered: views whose pixels nobody needs any more. A worker process does not see it grow, and decodes.
+    """
 
     shards: Shards
     experiment: Experiment
     stream: SampleStream
-    resolution: int
+    view: View
+    budget: int = 0
+    remembered: Container[tuple] = frozenset()
 
     def __getitem__(self, position: int) -> dict:
         row = self.stream.row(position)
-        key = self.experiment.keys[row]
-        return {
+        key, view = self.experiment.keys[row], self.view
+        place = crop_place(self.stream.seed, position) if view.random_crop else None
+        flip = view.random_flip and flipped(self.stream.seed, position)
+        sample = {
             "position": position,
             "key": key,
             "duplicate": None if self.experiment.duplicate is None else bool(self.experiment.duplicate[row]),
-            "repeats": bool(self.experiment.repeats[row] > 1),
-            "caption": self.shards.caption(key),
-            "pixels": to_pixels(self.shards.image(key), self.resolution),
+            "repeats": bool(self.experiment.repeats[row] > 1) or self.budget > len(self.stream.rows),
+            "view": (key, place, flip),
         }
+        try:
+            return sample | {"caption": self.shards.caption(key), "bad": None} | self._picture(sample["view"])
+        except ShardError as error:
+            blank = torch.zeros(3, view.resolution, view.resolution)
+            size = (view.resolution, view.resolution)
+            bad = {"caption": "", "pixels": blank, "original_size": size, "crop_top_left": (0, 0), "bad": str(error)}
+            return sample | bad | {"view": ("bad", position), "repeats": False}
+
+    def _picture(self, name: tuple) -> dict:
+        if name in self.remembered:
+            return {"pixels": None, "original_size": None, "crop_top_left": None}
+        key, place, flip = name
+        picture = self.shards.image(key)
+        pixels, corner = to_pixels(picture, self.view.resolution, place, flip)
+        return {"pixels": pixels, "original_size": (picture.height, picture.width), "crop_top_left": corner}
 
 
-def to_pixels(picture: Image.Image, resolution: int) -> Tensor:
-    """Shorter side to ``resolution``, centre crop: RGB -> [3, H, W] in [-1, 1]."""
+def to_pixels(
+    picture: Image.Image, resolution: int, place: tuple[float, float] | None = None, flip: bool = False
+) -> tuple[Tensor, tuple[int, int]]:
+    """Shorter side to ``resolution``, square crop, perhaps mirrored.
+
+    Args:
+        place: of the crop, as shares in [0, 1) of the free height and width; None for the centre.
+
+    Returns:
+        Pixels [3, H, W] in [-1, 1] and the crop's (top, left) in the resized picture; of a mirrored picture, in its
+        mirror image.
+    """
     scale = resolution / min(picture.size)
     if scale != 1:
         size = [max(resolution, round(side * scale)) for side in picture.size]
         picture = picture.resize(size, Image.Resampling.LANCZOS)
-    left, top = ((side - resolution) // 2 for side in picture.size)
+    if flip:
+        picture = picture.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+    free = (picture.height - resolution, picture.width - resolution)
+    if place is None:
+        top, left = (room // 2 for room in free)
+    else:
+        top, left = (int(share * (room + 1)) for share, room in zip(place, free, strict=True))
     picture = picture.crop((left, top, left + resolution, top + resolution))
-    return torch.from_numpy(np.array(picture)).permute(2, 0, 1).float() / 127.5 - 1
+    return torch.from_numpy(np.array(picture)).permute(2, 0, 1).float() / 127.5 - 1, (top, left)
 
 
 def collate(samples: list[dict]) -> dict:
-    """Lists, with the pixels stacked to [B, 3, H, W]."""
-    batch = {name: [sample[name] for sample in samples] for name in samples[0]}
-    return batch | {"pixels": torch.stack(batch["pixels"])}
+    """Lists, one entry for every sample."""
+    return {name: [sample[name] for sample in samples] for name in samples[0]}

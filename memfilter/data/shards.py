@@ -1,4 +1,4 @@
-"""img2dataset-style webdataset shards: written by webdataset, read by random access without unpacking."""
+"""img2dataset-style webdataset shards, read by random access without unpacking, and flat folders, read alike."""
 
 from __future__ import annotations
 
@@ -6,13 +6,16 @@ import io
 import json
 import os
 import tarfile
+import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 IMAGE_SUFFIXES = ("png", "jpg", "jpeg", "webp")
+MAX_PIXELS = 64_000_000  # of a picture: what claims more is refused before it is decoded
+MAX_CAPTION = 16_384  # bytes: what follows is not read; text encoders take some hundred at most
 
 
 class ShardError(ValueError):
@@ -21,7 +24,7 @@ class ShardError(ValueError):
 
 @dataclass(frozen=True)
 class Member:
-    """Where a file stands: which shard, first byte, number of bytes."""
+    """Where a file stands: which shard, first byte, number of bytes. A file in a folder is a shard of its own."""
 
     shard: Path
     offset: int
@@ -30,7 +33,7 @@ class Member:
 
 @dataclass
 class Shards:
-    """The samples of some tar files, found by key.
+    """The samples of some tar files or of a folder, found by key.
 
     Members are only ever read by offset; nothing is unpacked, so their names cannot lead outside.
     """
@@ -39,27 +42,28 @@ class Shards:
 
     @classmethod
     def open(cls, source: str | os.PathLike) -> Shards:
-        """Lists the members of ``source``: a directory of ``*.tar``, or one tar file.
+        """Lists the members of ``source``: one tar file, a directory of ``*.tar``, or a flat folder of pictures and
+        ``.txt`` files of the same names.
 
         Raises:
-            ShardError: no shard there, one of them is not a whole tar file, or two samples share a key.
+            ShardError: nothing of that is there, a shard is not a whole tar file, or two samples share a key.
         """
         source = Path(source)
-        paths = [source] if source.is_file() else sorted(source.glob("*.tar"))
-        if not paths:
-            raise ShardError(f"no shard found: {source} is neither a tar file nor a directory with *.tar in it")
+        tars = [source] if source.is_file() else sorted(source.glob("*.tar"))
+        found = (entry for path in tars for entry in _scan(path)) if tars else _list(source)
         members: dict[str, dict[str, Member]] = {}
-        for path in paths:
-            for name, member in _scan(path):
-                key, _, suffix = Path(name).name.partition(".")
-                if not key:  # hidden files, such as macOS leaves behind
-                    continue
-                suffix = suffix.lower()
-                place = members.setdefault(key, {})
-                if suffix in place:
-                    raise ShardError(f"sample {key!r} stands twice: in {place[suffix].shard} and in {path}")
-                place[suffix] = member
-        return cls(members)
+        for key, suffix, member in found:
+            if not key:  # hidden files, such as macOS leaves behind
+                continue
+            place = members.setdefault(key, {})
+            if suffix in place:
+                raise ShardError(f"sample {key!r} stands twice: in {place[suffix].shard} and in {member.shard}")
+            place[suffix] = member
+        shards = cls(members)
+        if not tars and not shards.keys():
+            raise ShardError(f"nothing to read: {source} is neither a tar file nor a directory with *.tar or pictures "
+                             f"({', '.join(IMAGE_SUFFIXES)}) in it")  # fmt: skip
+        return shards
 
     def keys(self) -> list[str]:
         """Keys of the samples that have an image, in order."""
@@ -69,17 +73,26 @@ class Shards:
         """The picture of a sample, RGB.
 
         Raises:
-            ShardError: it cannot be decoded.
+            ShardError: it cannot be decoded, or has more than `MAX_PIXELS`.
         """
         suffix = next(s for s in IMAGE_SUFFIXES if s in self.members[key])
         try:
-            return Image.open(io.BytesIO(self._bytes(key, suffix))).convert("RGB")
-        except (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+            with warnings.catch_warnings(action="ignore", category=Image.DecompressionBombWarning):
+                picture = Image.open(io.BytesIO(self._bytes(key, suffix)), formats=("PNG", "JPEG", "WEBP"))
+            if picture.width * picture.height > MAX_PIXELS:
+                raise ValueError(f"{picture.width} x {picture.height} pixels are more than {MAX_PIXELS:,}")
+            return picture.convert("RGB")
+        # decoders raise much more than they say on broken files
+        except Exception as error:  # noqa: BLE001
+            if isinstance(error, ShardError):
+                raise
             raise ShardError(f"sample {key!r} in {self.members[key][suffix].shard}: {error}") from error
 
     def caption(self, key: str) -> str:
-        """The caption of a sample; empty where it has none."""
-        return self._bytes(key, "txt").decode("utf-8", "replace").strip() if "txt" in self.members[key] else ""
+        """The caption of a sample, of `MAX_CAPTION` bytes at most; empty where it has none."""
+        if "txt" not in self.members[key]:
+            return ""
+        return self._bytes(key, "txt", MAX_CAPTION).decode("utf-8", "replace").strip()
 
     def facts(self, key: str) -> dict:
         """The metadata of a sample; empty where it has none."""
@@ -90,28 +103,40 @@ class Shards:
         except ValueError as error:
             raise ShardError(f"sample {key!r} in {self.members[key]['json'].shard}: {error}") from error
 
-    def _bytes(self, key: str, suffix: str) -> bytes:
+    def _bytes(self, key: str, suffix: str, limit: int | None = None) -> bytes:
         member = self.members[key][suffix]
         try:
             with member.shard.open("rb") as file:
                 file.seek(member.offset)
-                return file.read(member.size)
+                return file.read(member.size if limit is None else min(member.size, limit))
         except OSError as error:
             raise ShardError(f"shard {member.shard} cannot be read ({error}): fetch or write it again") from error
 
 
-def _scan(path: Path) -> Iterable[tuple[str, Member]]:
+def _scan(path: Path) -> Iterable[tuple[str, str, Member]]:
+    """(key, suffix, where) of every file in a shard; by webdataset's convention the key ends at the first dot."""
     try:
         with tarfile.open(path, "r:") as tar:
             for info in tar:
                 if info.isfile():
-                    yield info.name, Member(path, info.offset_data, info.size)
+                    key, _, suffix = Path(info.name).name.partition(".")
+                    yield key, suffix.lower(), Member(path, info.offset_data, info.size)
             # tarfile takes a cut or broken header behind the first member for the end of the archive
             tar.fileobj.seek(tar.offset)
             if tar.fileobj.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
                 raise tarfile.ReadError("unexpected end of file")
     except (OSError, tarfile.TarError) as error:
         raise ShardError(f"shard {path} cannot be read ({error}): fetch or write it again") from error
+
+
+def _list(folder: Path) -> Iterable[tuple[str, str, Member]]:
+    """(key, suffix, where) of every picture and text in a folder; the key ends at the last dot."""
+    if not folder.is_dir():
+        raise ShardError(f"nothing to read: {folder} does not exist")
+    for path in sorted(folder.iterdir()):
+        suffix = path.suffix.lower().removeprefix(".")
+        if suffix in (*IMAGE_SUFFIXES, "txt", "json") and path.is_file() and not path.name.startswith("."):
+            yield path.stem, suffix, Member(path, 0, path.stat().st_size)
 
 
 def write_shards(samples: Iterable[tuple[str, Image.Image, str, Mapping]], out: Path, per_shard: int = 1000) -> None:

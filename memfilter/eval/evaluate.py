@@ -15,7 +15,7 @@ from memfilter.data.shards import Shards
 from memfilter.eval.agreement import agreement
 from memfilter.eval.copies import MEASURE, copy_similarity, memorized_above, seed_agreement
 from memfilter.eval.generate import generate
-from memfilter.pipelines import load_pipeline
+from memfilter.pipelines import load_trained
 
 EVALUATION, PICTURES = "evaluation.json", "evaluation.npz"
 
@@ -50,7 +50,7 @@ def evaluate_run(
     wanted = [scene_from(shards.facts(key)) for key in keys]
     training = np.stack([np.asarray(shards.image(key)) for key in keys])
 
-    pipeline = load_pipeline(str(run_dir / "pipeline"))
+    pipeline = load_trained(run_dir)
     captions = [scene.caption for scene in wanted]
     generations = generate(
         pipeline, captions, range(seeds), steps=steps, guidance_scale=guidance_scale, progress=progress

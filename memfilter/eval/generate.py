@@ -17,6 +17,7 @@ def generate(
     steps: int = 20,
     guidance_scale: float = 4.0,
     batch_size: int = 16,
+    size: int | None = None,
     progress: bool = True,
 ) -> np.ndarray:
     """uint8 [prompts, seeds, H, W, 3].
@@ -24,6 +25,7 @@ def generate(
     Args:
         pipeline: a StableDiffusionPipeline, or one that is called alike.
         steps: of the pipeline's own scheduler.
+        size: height and width in pixels; None for what the model was made for.
     """
     jobs = [(i, prompt, seed) for i, prompt in enumerate(prompts) for seed in seeds]
     pictures = []
@@ -34,6 +36,8 @@ def generate(
             generator=[torch.Generator().manual_seed(seed * 1_000_003 + i) for i, _, seed in batch],
             num_inference_steps=steps,
             guidance_scale=guidance_scale,
+            height=size,
+            width=size,
             output_type="np",
         )
         pictures.append(np.round(out.images * 255).astype(np.uint8))

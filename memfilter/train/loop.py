@@ -3,27 +3,35 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import time
-from collections.abc import Callable
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 
 import torch
+import yaml
 from accelerate import Accelerator
 from diffusers import DDPMScheduler
-from diffusers.optimization import get_scheduler
-from diffusers.training_utils import EMAModel
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from memfilter.config import Config, ConfigError, TrainConfig, check, make_filter
-from memfilter.data import sampler
+from memfilter.config import Config, ConfigError, ModelConfig, check, make_filter
 from memfilter.data.encode import Encoder
 from memfilter.data.experiment import Experiment, index_beside
+from memfilter.data.sampler import SampleDataset, SampleStream, View, collate
 from memfilter.data.shards import Shards
-from memfilter.pipelines import export_pipeline, load_pipeline
-from memfilter.train.tracking import Audit, Tracker
+from memfilter.pipelines import ModelError, load_pipeline
+from memfilter.train.export import export_lora, export_pipeline
+from memfilter.train.gallery import write_gallery
+from memfilter.train.objective import Objective
+from memfilter.train.optimizer import lr_schedule, make_ema, make_optimizer
+from memfilter.train.tracking import Audit, BadSamples, Tracker, require_wandb
+from memfilter.train.validation import Validation
+from memfilter.validate import UnsuitableModel, validate
+
+log = logging.getLogger(__name__)
 
 
 def train(config: Config, progress: bool = True) -> dict:
@@ -31,132 +39,182 @@ def train(config: Config, progress: bool = True) -> dict:
 
     Raises:
         ConfigError, ModelError, ShardError: before the first step, when something cannot be run.
-        NonFiniteNorm, EmptySteps: from the filter, while it runs.
+        ShardError, NonFiniteNorm, EmptySteps: while it runs.
     """
-    check(config)
-    run_dir = Path(config.run_dir)
-    if run_dir.exists() and any(run_dir.iterdir()):
-        raise ConfigError(f"run_dir: {run_dir} is not empty; remove it or choose another")
-    seed = config.train.seed
+    return Trainer(config).run(progress)
+
+
+class Trainer:
+    """A run. Making it loads and checks everything and writes nothing; `run` does the rest.
+
+    ``pipeline`` holds the model that is trained, ``objective`` the loss of a batch, ``dataset`` the samples by
+    their position in the stream.
+    """
+
+    def __init__(self, config: Config):
+        check(config)
+        self.config, self.run_dir = config, Path(config.run_dir)
+        if self.run_dir.exists() and any(self.run_dir.iterdir()):
+            raise ConfigError(f"run_dir: {self.run_dir} is not empty; remove it or choose another")
+        require_wandb(config.log)
+        self.accelerator = _accelerator(config)
+        shards, experiment = _open_data(config)
+
+        # model
+        self.pipeline = pipeline = load_pipeline(
+            config.model.path, variant=config.model.variant, revision=config.model.revision
+        )
+        if config.model.lora_rank is not None:
+            _add_lora(pipeline.unet, config.model, _HALF.get(config.train.mixed_precision))
+        if config.train.gradient_checkpointing:
+            pipeline.unet.enable_gradient_checkpointing()
+        if config.train.compile:
+            pipeline.unet.compile(backend=config.train.compile)
+        resolution = _resolution(config, pipeline)
+        encoder = Encoder(pipeline, self.accelerator.device, memory=int(config.data.cache_gb * 2**30))
+        noise_scheduler = DDPMScheduler.from_config(pipeline.scheduler.config)
+        self.mem_filter = make_filter(config.filter)
+        _validate(config, pipeline, noise_scheduler, resolution)
+        wrapped = self.mem_filter.wrap(pipeline.unet.train(), null=encoder.null, scheduler=noise_scheduler)
+        self.trained = [p for p in wrapped.parameters() if p.requires_grad]
+
+        # data
+        self.dataset = SampleDataset(
+            shards,
+            experiment,
+            SampleStream(experiment.virtual(), config.train.seed),
+            View(resolution, config.data.random_crop, config.data.random_flip),
+            config.train.samples,
+            encoder.remembered,
+        )
+
+        # optimizer
+        optimizer = make_optimizer(self.trained, config.train)
+        self.lr_at = lr_schedule(config.train, optimizer)
+        self.unet, self.optimizer = self.accelerator.prepare(wrapped, optimizer)
+        self.ema = make_ema(self.trained, config.train)
+        self.objective = Objective(config, self.unet, encoder, noise_scheduler, self.mem_filter, resolution)
+        self.skipped_steps = 0
+
+    def run(self, progress: bool = True) -> dict:
+        """Trains, exports, and returns the summary."""
+        config, accelerator, mem_filter = self.config, self.accelerator, self.mem_filter
+        self.run_dir.mkdir(parents=True, exist_ok=True)
+        (self.run_dir / "config.yaml").write_text(yaml.safe_dump(asdict(config), sort_keys=False))
+        tracker = Tracker(self.run_dir, config.log, asdict(config))
+        audit = Audit(self.run_dir / "audit.parquet")
+        bad_samples = BadSamples(self.run_dir / "bad_samples.jsonl", config.data.max_bad_share * config.train.samples)
+        validation = Validation(config.log, self.pipeline, self.dataset, self.run_dir / "validation")
+        bar = tqdm(total=config.train.samples, unit="sample", disable=not progress, desc=self.run_dir.name, mininterval=1)
+        losses, kept, seen, started, failed = [], [], 0, time.perf_counter(), True
+        try:
+            for batch in self.loader():
+                before, size = seen, len(batch["position"])
+                bad_samples.add(batch)
+
+                # gradients
+                with accelerator.accumulate(self.unet):
+                    loss = self.objective(batch)
+                    accelerator.backward(loss)
+                    seen += size
+                    weight = mem_filter.verdict.keep.sum() if config.filter.reduction == "kept" else size
+                    losses.append(loss.detach() * weight)
+                    kept.append(torch.as_tensor(weight))
+                    audit.add(batch, mem_filter.verdict)
+
+                    # step
+                    if accelerator.sync_gradients:
+                        self.step(seen)
+
+                # report
+                bar.update(size)
+                if _crosses(config.log.every, before, seen) or seen == config.train.samples:
+                    mean = (torch.stack(losses).sum() / torch.stack(kept).sum().clamp(min=1)).item()
+                    metrics = {"loss": mean, "lr": self.lr_at(seen - 1), "skipped_steps": self.skipped_steps}
+                    metrics |= mem_filter.metrics(accelerator)
+                    metrics["samples_per_second"] = seen / (time.perf_counter() - started)
+                    tracker.log(seen, metrics, mem_filter.histograms(accelerator))
+                    audit.flush()
+                    bar.set_postfix_str(_summary_line(metrics))
+                    losses.clear(), kept.clear()
+                if config.log.validation_every and _crosses(config.log.validation_every, before, seen):
+                    with self.averaged(), accelerator.autocast():
+                        tracker.images(seen, "validation", validation.run(seen))
+
+            # export
+            seconds = time.perf_counter() - started
+            audit.close()
+            totals = mem_filter.stats.totals() | {"skipped_steps": self.skipped_steps}
+            summary = {"samples": seen, "seconds": seconds, **totals, "config": asdict(config)}
+            if self.ema:
+                self.ema.copy_to(self.trained)
+            export = export_pipeline if config.model.lora_rank is None else export_lora
+            trained = self.pipeline.unet.eval().float()  # LoRA's frozen base may be in half precision
+            export(self.pipeline, trained, self.run_dir, summary)
+            if config.log.gallery and mem_filter.active:
+                tracker.dropped(seen, write_gallery(self.run_dir, self.dataset, config.log.gallery))
+            _write_json(self.run_dir / "summary.json", summary)
+            failed = False
+        finally:
+            bar.close()
+            audit.close()
+            tracker.close(failed)
+        return summary
+
+    def loader(self) -> DataLoader:
+        """Batches in the order of the stream."""
+        size = self.config.train.batch_size
+        return DataLoader(
+            self.dataset,
+            batch_sampler=[range(start, start + size) for start in range(0, self.config.train.samples, size)],
+            collate_fn=collate,
+            num_workers=self.config.data.workers,
+        )
+
+    def step(self, seen: int) -> None:
+        """One update from the gradients at hand; none where nothing was kept or loss scaling found an overflow."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.lr_at(seen - 1)
+        if self.mem_filter.before_step(self.optimizer):
+            self.accelerator.clip_grad_norm_(self.trained, self.config.train.max_grad_norm)
+            self.optimizer.step()
+            if self.accelerator.optimizer_step_was_skipped:
+                self.skipped_steps += 1
+            elif self.ema:
+                self.ema.step(self.trained)
+        self.optimizer.zero_grad(set_to_none=True)
+
+    @contextmanager
+    def averaged(self):
+        """The weights are the averaged ones, and the denoiser is in eval mode, for as long as this lasts."""
+        self.pipeline.unet.eval()
+        if self.ema:
+            self.ema.store(self.trained)
+            self.ema.copy_to(self.trained)
+        try:
+            yield
+        finally:
+            if self.ema:
+                self.ema.restore(self.trained)
+            self.pipeline.unet.train()
+
+
+_HALF = {"fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+def _accelerator(config: Config) -> Accelerator:
     accelerator = Accelerator(
         mixed_precision=config.train.mixed_precision, gradient_accumulation_steps=config.train.accumulation
     )
     if accelerator.num_processes > 1:
         raise ConfigError(f"training runs in one process, found {accelerator.num_processes}: --num_processes 1")
-
-    # model
-    pipeline = load_pipeline(config.model.path)
-    noise_scheduler = DDPMScheduler.from_config(pipeline.scheduler.config)
-    encoder = Encoder(pipeline.vae, pipeline.text_encoder, pipeline.tokenizer, accelerator.device)
-    if config.train.gradient_checkpointing:
-        pipeline.unet.enable_gradient_checkpointing()
-    mem_filter = make_filter(config.filter)
-    unet = mem_filter.wrap(pipeline.unet.train(), null=encoder.prompts([""])[0], scheduler=noise_scheduler)
-    ema = _ema(unet, config.train)
-
-    # data
-    resolution = config.data.resolution or pipeline.unet.config.sample_size * pipeline.vae_scale_factor
-    dataset = _dataset(config, resolution)
-    starts = range(0, config.train.samples, config.train.batch_size)
-    loader = DataLoader(
-        dataset,
-        batch_sampler=[range(start, start + config.train.batch_size) for start in starts],
-        collate_fn=sampler.collate,
-        num_workers=config.data.workers,
-    )
-
-    # optimizer
-    optimizer = torch.optim.AdamW(
-        unet.parameters(),
-        lr=config.train.learning_rate,
-        betas=(config.train.adam_beta1, config.train.adam_beta2),
-        eps=config.train.adam_eps,
-        weight_decay=config.train.weight_decay,
-    )
-    lr_at = _lr_schedule(config.train, optimizer)
-    unet, optimizer = accelerator.prepare(unet, optimizer)
-
-    run_dir.mkdir(parents=True, exist_ok=True)
-    tracker = Tracker(run_dir, config.log, asdict(config))
-    audit = Audit(run_dir / "audit.parquet")
-    bar = tqdm(total=config.train.samples, unit="sample", disable=not progress, desc=run_dir.name, mininterval=1)
-    losses, seen, started, failed = [], 0, time.perf_counter(), True
-    try:
-        for batch in loader:
-            with accelerator.accumulate(unet):
-                # noisy latents
-                positions = batch["position"]
-                draw = _posterior_noise(seed, positions, pipeline, resolution)
-                latents = encoder.latents(batch["key"], batch["pixels"], draw, batch["repeats"])
-                noise = torch.stack([sampler.noise(seed, p, latents.shape[1:]) for p in positions]).to(latents)
-                timesteps = torch.tensor(
-                    [sampler.timestep(seed, p, noise_scheduler.config.num_train_timesteps) for p in positions],
-                    device=latents.device,
-                )
-                noisy_latents = noise_scheduler.add_noise(latents, noise, timesteps)
-                target = _target(noise_scheduler, latents, noise, timesteps)
-
-                # prompts
-                dropped = [sampler.caption_dropped(seed, p, config.data.caption_dropout) for p in positions]
-                captions = ["" if d else caption for d, caption in zip(dropped, batch["caption"], strict=True)]
-                prompt_embeds = encoder.prompts(captions, batch["repeats"])
-
-                # both passes, masked loss, gradients
-                mem_filter.batch(
-                    keys=batch["key"],
-                    duplicate=None if dataset.experiment.duplicate is None else batch["duplicate"],
-                    caption_dropped=dropped,
-                )
-                out = unet(noisy_latents, timesteps, prompt_embeds)
-                loss = mem_filter.loss(out.sample, target)
-                accelerator.backward(loss)
-                losses.append(loss.detach())
-                if mem_filter.active:
-                    audit.add(batch, mem_filter.verdict)
-
-                # step
-                seen += len(positions)
-                if accelerator.sync_gradients:
-                    for group in optimizer.param_groups:
-                        group["lr"] = lr_at(seen - 1)
-                    if mem_filter.before_step(optimizer):
-                        accelerator.clip_grad_norm_(unet.parameters(), config.train.max_grad_norm)
-                        optimizer.step()
-                        if ema:
-                            ema.step(accelerator.unwrap_model(unet).parameters())
-                    optimizer.zero_grad(set_to_none=True)
-
-            # report
-            bar.update(len(positions))
-            if seen // config.log.every > (seen - len(positions)) // config.log.every or seen == config.train.samples:
-                metrics = {"loss": torch.stack(losses).mean().item(), "lr": lr_at(seen - 1)}
-                metrics |= mem_filter.metrics(accelerator)
-                metrics["samples_per_second"] = seen / (time.perf_counter() - started)
-                tracker.log(seen, metrics)
-                audit.flush()
-                bar.set_postfix_str(_summary_line(metrics))
-                losses.clear()
-
-        # export
-        seconds = time.perf_counter() - started
-        audit.close()
-        trained = accelerator.unwrap_model(unet).unet
-        if ema:
-            ema.copy_to(trained.parameters())
-        export_pipeline(pipeline, trained.eval(), run_dir / "pipeline")
-        totals = mem_filter.stats.totals() if mem_filter.active else {}
-        summary = {"samples": seen, "seconds": seconds, **totals, "config": asdict(config)}
-        partial = run_dir / ".summary.json.partial"
-        partial.write_text(json.dumps(summary, indent=1))
-        os.replace(partial, run_dir / "summary.json")
-        failed = False
-    finally:
-        bar.close()
-        tracker.close(failed)
-    return summary
+    if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":
+        # accelerate takes fp16 on a CPU for fp32, without a word; torch can do it
+        accelerator.native_amp, accelerator.scaler = True, torch.amp.GradScaler("cpu")
+    return accelerator
 
 
-def _dataset(config: Config, resolution: int) -> sampler.SampleDataset:
+def _open_data(config: Config) -> tuple[Shards, Experiment]:
     shards = Shards.open(config.data.path)
     index = Path(config.data.index) if config.data.index else index_beside(config.data.path)
     if config.data.index and not index.is_file():
@@ -168,41 +226,64 @@ def _dataset(config: Config, resolution: int) -> sampler.SampleDataset:
         raise ConfigError(f"data.index: {error}") from error
     if not len(experiment.keys):
         raise ConfigError(f"data.path: {config.data.path} has no sample to train on")
-    stream = sampler.SampleStream(experiment.virtual(), config.train.seed)
-    return sampler.SampleDataset(shards, experiment, stream, resolution)
+    return shards, experiment
 
 
-def _posterior_noise(seed: int, positions: list[int], pipeline, resolution: int) -> torch.Tensor:
+def _add_lora(unet, config: ModelConfig, dtype: torch.dtype | None) -> None:
+    """Freezes the denoiser, in ``dtype`` where one is given, and gives it LoRA matrices in fp32 (Hu et al., 2021)."""
+    from diffusers.training_utils import cast_training_params
+    from peft import LoraConfig
+
+    alpha = config.lora_rank if config.lora_alpha is None else config.lora_alpha
+    unet.requires_grad_(False)
+    if dtype is not None:
+        unet.to(dtype)
+    try:
+        unet.add_adapter(
+            LoraConfig(
+                r=config.lora_rank, lora_alpha=alpha, target_modules=config.lora_targets, init_lora_weights="gaussian"
+            )
+        )
+    except ValueError as error:
+        raise ConfigError(f"model.lora_targets: {' '.join(str(error).split())}") from error
+    cast_training_params(unet, torch.float32)
+
+
+def _resolution(config: Config, pipeline) -> int:
+    resolution = config.data.resolution or pipeline.unet.config.sample_size * pipeline.vae_scale_factor
+    if resolution % pipeline.vae_scale_factor:
+        raise ConfigError(f"data.resolution: {resolution} is not a multiple of {pipeline.vae_scale_factor}, "
+                          "by which the model's VAE reduces a picture")  # fmt: skip
+    return resolution
+
+
+def _validate(config: Config, pipeline, noise_scheduler, resolution: int) -> None:
+    if config.filter.tau is None:
+        return
     side = resolution // pipeline.vae_scale_factor
-    shape = (pipeline.vae.config.latent_channels, side, side)
-    return torch.stack([sampler.posterior_noise(seed, p, shape) for p in positions])
+    try:
+        hints = validate(
+            pipeline.unet,
+            scheduler=noise_scheduler,
+            text_encoders=(pipeline.text_encoder, getattr(pipeline, "text_encoder_2", None)),
+            latent_shape=(pipeline.vae.config.latent_channels, side, side),
+            tau=config.filter.tau,
+            unit=config.filter.unit,
+        )
+    except UnsuitableModel as error:
+        raise ModelError("\n".join(f"model.path: {reason}" for reason in str(error).splitlines())) from error
+    for hint in hints:
+        log.info("%s", hint)
 
 
-def _target(scheduler, latents: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
-    kind = scheduler.config.prediction_type
-    if kind == "v_prediction":
-        return scheduler.get_velocity(latents, noise, timesteps)
-    return noise if kind == "epsilon" else latents
+def _crosses(every: int, before: int, after: int) -> bool:
+    return after // every > before // every
 
 
-def _lr_schedule(config: TrainConfig, optimizer: torch.optim.Optimizer) -> Callable[[int], float]:
-    """Samples seen before -> learning rate. A pure function: what no step was made for needs no catching up."""
-    step_samples = config.batch_size * config.accumulation
-    schedule = get_scheduler(
-        config.lr_schedule,
-        optimizer,
-        num_warmup_steps=config.warmup_samples // step_samples,
-        num_training_steps=config.samples // step_samples,
-    )
-    return lambda samples: config.learning_rate * schedule.lr_lambdas[0](samples // step_samples)
-
-
-def _ema(unet, config: TrainConfig) -> EMAModel | None:
-    # diffusers' shadow takes the dtype of the parameters, which are fp32 here: low-precision averages lose updates
-    if not config.ema_half_life:
-        return None
-    decay = 0.5 ** (config.batch_size * config.accumulation / config.ema_half_life)
-    return EMAModel(unet.parameters(), decay=decay, use_ema_warmup=False)
+def _write_json(path: Path, content: dict) -> None:
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(json.dumps(content, indent=1))
+    os.replace(partial, path)
 
 
 def _summary_line(metrics: dict[str, float]) -> str:

@@ -1,4 +1,4 @@
-"""Where a run writes down what happens: metrics.jsonl always, W&B when asked, and the audit of every checked sample."""
+"""Where a run writes down what happens: metrics and pictures, the audit of every checked sample, unreadable samples."""
 
 from __future__ import annotations
 
@@ -6,12 +6,15 @@ import json
 import os
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
-from memfilter.config import LogConfig
+from memfilter.config import ConfigError, LogConfig
+from memfilter.data.shards import ShardError
 from memfilter.filter import Verdict
+from memfilter.stats import HISTOGRAM_EDGES
 
 AUDIT_SCHEMA = pa.schema(
     {
@@ -28,7 +31,7 @@ AUDIT_SCHEMA = pa.schema(
 class Audit:
     """One row for every checked sample. Tensors stay on their device until `flush`; the file appears when closed.
 
-    A run that is cut off leaves ``.audit.parquet.partial``.
+    A run that is killed leaves ``.audit.parquet.partial``.
     """
 
     def __init__(self, path: Path):
@@ -53,30 +56,136 @@ class Audit:
         self._pending.clear()
 
     def close(self) -> None:
-        self.flush()
-        self._writer.close()
-        os.replace(self._partial, self._path)
+        if self._writer.is_open:
+            self.flush()
+            self._writer.close()
+            os.replace(self._partial, self._path)
+
+
+class BadSamples:
+    """Samples that could not be read, one line of JSON for each, as they come. The file is made for the first one.
+
+    Args:
+        allowed: more of them end the run.
+    """
+
+    def __init__(self, path: Path, allowed: float):
+        self._path, self._allowed = path, allowed
+        self._found: list[str] = []
+
+    def add(self, batch: dict) -> None:
+        """Raises ShardError with the list when there are too many."""
+        rows = [row for row, reason in enumerate(batch["bad"]) if reason is not None]
+        if not rows:
+            return
+        with self._path.open("a") as file:
+            for row in rows:
+                facts = {name: batch[name][row] for name in ("position", "key", "bad")}
+                file.write(json.dumps(facts) + "\n")
+                self._found.append(facts["bad"])
+        if len(self._found) > self._allowed:
+            listed = list(dict.fromkeys(self._found))
+            more = [f"and {len(listed) - 10} more, see {self._path}"] if len(listed) > 10 else []
+            raise ShardError("\n".join([f"{len(self._found)} samples could not be read, more than data.max_bad_share "
+                                        f"allows: mend or remove them, or raise it", *listed[:10], *more]))  # fmt: skip
+
+
+def require_wandb(config: LogConfig) -> None:
+    """Raises ConfigError where W&B is wanted online and nobody is logged in."""
+    os.environ["WANDB_MODE"] = config.wandb  # an environment that says otherwise would win over a login
+    if config.wandb != "online":
+        return
+    import wandb
+
+    try:
+        known = wandb.login(prompt=False)
+    except (wandb.Error, OSError) as error:
+        raise ConfigError(f"log.wandb=online: {' '.join(str(error).split())}") from error
+    if not known:
+        raise ConfigError("log.wandb=online needs a key: run `wandb login`, set WANDB_API_KEY, or choose offline")
 
 
 class Tracker:
-    """Metrics by the number of samples seen."""
+    """Metrics and pictures by the number of samples seen: metrics.jsonl, and W&B and TensorBoard when asked."""
 
     def __init__(self, run_dir: Path, config: LogConfig, run_config: dict):
         self._file = (run_dir / "metrics.jsonl").open("w", buffering=1)
-        self._wandb = None
+        self._wandb = self._tensorboard = None
         if config.wandb != "disabled":
             import wandb
 
             self._wandb = wandb.init(
                 project=config.project, mode=config.wandb, dir=str(run_dir), name=run_dir.name, config=run_config
             )
+        if config.tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
 
-    def log(self, samples: int, metrics: dict[str, float]) -> None:
-        self._file.write(json.dumps({"samples": samples, **metrics}) + "\n")
+            self._tensorboard = SummaryWriter(str(run_dir / "tensorboard"))
+
+    def log(self, samples: int, metrics: dict[str, float], histograms: dict[str, list[int]]) -> None:
+        """One point of every curve; histograms are those of `FilterStats.histograms`."""
+        sparse = {
+            name: {f"{edge:.4g}": count for edge, count in zip(HISTOGRAM_EDGES, counts, strict=True) if count}
+            for name, counts in histograms.items()
+        }
+        self._file.write(json.dumps({"samples": samples, **metrics, **sparse}) + "\n")
+        edges = np.array([*HISTOGRAM_EDGES, 2 * HISTOGRAM_EDGES[-1]])
         if self._wandb:
-            self._wandb.log(metrics, step=samples)
+            import wandb
+
+            drawn = {name: wandb.Histogram(np_histogram=(np.array(c), edges)) for name, c in histograms.items()}
+            self._wandb.log({**metrics, **drawn}, step=samples)
+        if self._tensorboard:
+            for name, value in metrics.items():
+                self._tensorboard.add_scalar(name, value, samples)
+            for name, counts in histograms.items():
+                self._tensorboard_histogram(name, np.array(counts), edges, samples)
+
+    def _tensorboard_histogram(self, name: str, counts: np.ndarray, edges: np.ndarray, samples: int) -> None:
+        middle = (edges[:-1] + edges[1:]) / 2
+        self._tensorboard.add_histogram_raw(
+            name,
+            min=edges[:-1][counts > 0].min(),
+            max=edges[1:][counts > 0].max(),
+            num=counts.sum(),
+            sum=(counts * middle).sum(),
+            sum_squares=(counts * middle**2).sum(),
+            bucket_limits=edges[1:].tolist(),
+            bucket_counts=counts.tolist(),
+            global_step=samples,
+        )
+
+    def images(self, samples: int, name: str, captioned: list[tuple[str, np.ndarray]]) -> None:
+        """Pictures, uint8 [H, W, 3], each with its caption."""
+        if self._wandb:
+            import wandb
+
+            self._wandb.log({name: [wandb.Image(pixels, caption=c[:500]) for c, pixels in captioned]}, step=samples)
+        if self._tensorboard:
+            for number, (caption, pixels) in enumerate(captioned):
+                self._tensorboard.add_image(f"{name}/{number}", pixels, samples, dataformats="HWC")
+                self._tensorboard.add_text(f"{name}/{number}", _as_text(caption), samples)
+
+    def dropped(self, samples: int, rows: list[dict]) -> None:
+        """The samples that were dropped most often, as a W&B table; rows are those of `write_gallery`."""
+        if self._wandb and rows:
+            import wandb
+
+            columns = [name for name in rows[0] if name != "picture"]
+            table = wandb.Table(columns=["picture", *columns])
+            for row in rows:
+                picture = None if row["picture"] is None else wandb.Image(row["picture"])
+                table.add_data(picture, *(row[name] for name in columns))
+            self._wandb.log({"filter/dropped_most": table}, step=samples)
 
     def close(self, failed: bool = False) -> None:
         self._file.close()
+        if self._tensorboard:
+            self._tensorboard.close()
         if self._wandb:
             self._wandb.finish(exit_code=int(failed))
+
+
+def _as_text(caption: str) -> str:
+    """TensorBoard renders Markdown: an indented block shows the caption as it is."""
+    return "\n".join("    " + line for line in caption[:500].splitlines())

@@ -1,0 +1,84 @@
+"""Pipelines out: what a finished run leaves for the stock diffusers pipeline to load."""
+
+from __future__ import annotations
+
+import copy
+import shutil
+from importlib.metadata import version
+from importlib.resources import files
+from pathlib import Path
+
+import yaml
+from huggingface_hub import ModelCard, ModelCardData
+
+from memfilter.pipelines import LORA, PIPELINE, is_hub_id
+
+VERSIONS = ("torch", "diffusers", "transformers", "accelerate", "peft")
+
+
+def export_pipeline(pipeline, unet, run_dir: Path, summary: dict) -> Path:
+    """Writes the pipeline with this denoiser in it, and a model card; the directory appears when it is complete."""
+    exported = copy.copy(pipeline)
+    exported.register_modules(unet=unet)
+    return _complete(
+        run_dir / PIPELINE, summary, lambda out: exported.save_pretrained(out, safe_serialization=True)
+    )
+
+
+def export_lora(pipeline, unet, run_dir: Path, summary: dict) -> Path:
+    """Writes the LoRA weights of this denoiser as ``load_lora_weights`` reads them, and a model card."""
+    from diffusers.utils import convert_state_dict_to_diffusers
+    from peft import get_peft_model_state_dict
+
+    layers = convert_state_dict_to_diffusers(get_peft_model_state_dict(unet))
+    metadata = unet.peft_config["default"].to_dict()
+    return _complete(
+        run_dir / LORA,
+        summary,
+        lambda out: type(pipeline).save_lora_weights(
+            out, unet_lora_layers=layers, safe_serialization=True, unet_lora_adapter_metadata=metadata
+        ),
+    )
+
+
+def _complete(out: Path, summary: dict, save) -> Path:
+    partial = out.with_name(f".{out.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    save(partial)
+    model_card(summary, lora=out.name == LORA).save(partial / "README.md")
+    partial.rename(out)
+    return out
+
+
+def model_card(summary: dict, lora: bool) -> ModelCard:
+    """The card of a run: what it was trained from and on, with which tau, and what was dropped.
+
+    Directories appear by their last name only: a card is made to be published.
+    """
+    import memfilter
+
+    config = summary["config"]
+    base = config["model"]["path"]
+    data = ModelCardData(
+        library_name="diffusers",
+        pipeline_tag="text-to-image",
+        base_model=base if is_hub_id(base) else None,
+        tags=["memfilter", "text-to-image", "diffusers", *(["lora"] if lora else [])],
+    )
+    shown = {
+        section: {name: Path(value).name if name in ("path", "index") and value else value for name, value in part.items()}
+        for section, part in config.items()
+        if isinstance(part, dict)
+    }
+    versions = {"memfilter": memfilter.__version__} | {name: version(name) for name in VERSIONS}
+    return ModelCard.from_template(
+        data,
+        template_path=str(files("memfilter") / "train" / "model_card.md.jinja"),
+        base=base if is_hub_id(base) else Path(base).name,
+        lora=lora,
+        summary=summary,
+        filter=config["filter"],
+        data_name=Path(config["data"]["path"]).name,
+        settings=yaml.safe_dump(shown, sort_keys=False),
+        versions=versions,
+    )

@@ -1,0 +1,80 @@
+"""What is learned from a batch: noisy latents, both passes of the denoiser, and the masked loss."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from memfilter.config import Config
+from memfilter.data import sampler
+from memfilter.data.encode import Encoder
+from memfilter.filter import MemFilter
+from memfilter.functional import min_snr_weight
+
+
+class Objective:
+    """Batch -> loss. Every draw is a pure function of the seed and the sample's position in the stream.
+
+    Args:
+        unet: wrapped by ``mem_filter`` and prepared.
+        resolution: of the pictures, in pixels.
+    """
+
+    def __init__(self, config: Config, unet, encoder: Encoder, noise_scheduler, mem_filter: MemFilter, resolution: int):
+        self.seed = config.train.seed
+        self.unet, self.encoder, self.mem_filter = unet, encoder, mem_filter
+        self.noise_scheduler = noise_scheduler
+        self.caption_dropout = config.data.caption_dropout
+        self.remember_pictures = not config.data.random_crop
+        self.noise_offset = config.train.noise_offset
+        side = resolution // encoder.pipeline.vae_scale_factor
+        self.latent_shape = (encoder.vae.config.latent_channels, side, side)
+        self.weights: Tensor | None = None  # [T]
+        if config.train.snr_gamma is not None:
+            kind, alphas_cumprod = noise_scheduler.config.prediction_type, noise_scheduler.alphas_cumprod
+            self.weights = min_snr_weight(kind, alphas_cumprod, config.train.snr_gamma).to(encoder.device)
+
+    def __call__(self, batch: dict) -> Tensor:
+        """Loss of a batch of `SampleDataset`, a scalar."""
+        positions, seed, repeats = batch["position"], self.seed, batch["repeats"]
+
+        # noisy latents
+        draw = torch.stack([sampler.posterior_noise(seed, p, self.latent_shape) for p in positions])
+        remember = [again and self.remember_pictures for again in repeats]
+        latents, time_ids = self.encoder.pictures(batch, draw, remember)
+        noise = torch.stack([self.noise(p) for p in positions]).to(latents)
+        num_train_timesteps = self.noise_scheduler.config.num_train_timesteps
+        timesteps = [sampler.timestep(seed, p, num_train_timesteps) for p in positions]
+        timesteps = torch.tensor(timesteps, device=latents.device)
+        noisy_latents = self.noise_scheduler.add_noise(latents, noise, timesteps)
+
+        # prompts
+        dropped = [sampler.caption_dropped(seed, p, self.caption_dropout) for p in positions]
+        captions = ["" if d else caption for d, caption in zip(dropped, batch["caption"], strict=True)]
+        conditions = self.encoder.prompts(captions, repeats, time_ids)
+
+        # both passes, masked loss
+        known = None not in batch["duplicate"]
+        self.mem_filter.batch(
+            keys=batch["key"],
+            duplicate=batch["duplicate"] if known else None,
+            caption_dropped=[not caption for caption in captions],
+            excluded=[bad is not None for bad in batch["bad"]],
+        )
+        out = self.unet(noisy_latents, timesteps, **conditions)
+        weight = None if self.weights is None else self.weights[timesteps]
+        return self.mem_filter.loss(out.sample, self.target(latents, noise, timesteps), weight)
+
+    def noise(self, position: int) -> Tensor:
+        """fp32 [C, h, w]"""
+        noise = sampler.noise(self.seed, position, self.latent_shape)
+        if self.noise_offset:
+            noise += self.noise_offset * sampler.noise_offset(self.seed, position, self.latent_shape[0])
+        return noise
+
+    def target(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        """What the denoiser should predict, [B, C, h, w]."""
+        kind = self.noise_scheduler.config.prediction_type
+        if kind == "v_prediction":
+            return self.noise_scheduler.get_velocity(latents, noise, timesteps)
+        return noise if kind == "epsilon" else latents

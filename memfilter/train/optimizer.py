@@ -1,0 +1,66 @@
+"""What moves the weights: optimizer, learning rate as a function of the samples seen, and their average."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+import torch
+from diffusers.optimization import get_scheduler
+from diffusers.training_utils import EMAModel
+
+from memfilter.config import ConfigError, TrainConfig
+
+
+def make_optimizer(parameters: Iterable[torch.nn.Parameter], config: TrainConfig) -> torch.optim.Optimizer:
+    """AdamW, or bitsandbytes' with 8 bits of state.
+
+    Raises:
+        ConfigError: bitsandbytes is not installed.
+    """
+    kind = torch.optim.AdamW
+    if config.optimizer == "adamw_8bit":
+        try:
+            from bitsandbytes.optim import AdamW8bit as kind
+        except ImportError as error:
+            raise ConfigError(f"train.optimizer=adamw_8bit needs bitsandbytes ({error}): "
+                              "pip install 'memfilter[8bit]'") from error  # fmt: skip
+    return kind(
+        parameters,
+        lr=config.learning_rate,
+        betas=(config.adam_beta1, config.adam_beta2),
+        eps=config.adam_eps,
+        weight_decay=config.weight_decay,
+    )
+
+
+def lr_schedule(config: TrainConfig, optimizer: torch.optim.Optimizer) -> Callable[[int], float]:
+    """Samples seen before -> learning rate. A pure function: what no step was made for needs no catching up."""
+    step_samples = config.batch_size * config.accumulation
+    schedule = get_scheduler(
+        config.lr_schedule,
+        optimizer,
+        step_rules=_rules_in_steps(config.lr_rules, step_samples),
+        num_warmup_steps=config.warmup_samples // step_samples,
+        num_training_steps=config.samples // step_samples,
+        num_cycles=config.lr_cycles,
+        power=config.lr_power,
+    )
+    return lambda samples: config.learning_rate * schedule.lr_lambdas[0](samples // step_samples)
+
+
+def _rules_in_steps(rules: str | None, step_samples: int) -> str | None:
+    """ "1:80000,0.1" counts samples, diffusers' grammar of the same form counts steps."""
+    if rules is None:
+        return None
+    *parts, last = rules.split(",")
+    halves = (part.split(":") for part in parts)
+    return ",".join([*(f"{factor}:{-(-int(samples) // step_samples)}" for factor, samples in halves), last])
+
+
+def make_ema(parameters: list[torch.nn.Parameter], config: TrainConfig) -> EMAModel | None:
+    """The average that is exported, or None. Its decay is that of ``ema_half_life``, whatever a step's batch is."""
+    if not config.ema_half_life:
+        return None
+    decay = 0.5 ** (config.batch_size * config.accumulation / config.ema_half_life)
+    # the shadow takes the dtype of the weights, and what is trained is fp32: low-precision averages lose updates
+    return EMAModel(parameters, decay=decay, use_ema_warmup=False)

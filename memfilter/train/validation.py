@@ -1,0 +1,67 @@
+"""Pictures from the model while it trains: the same prompts and noise each time, beside the training pictures."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageOps
+
+from memfilter.config import LogConfig
+from memfilter.data.sampler import SampleDataset
+from memfilter.data.shards import ShardError
+from memfilter.eval.generate import generate
+
+SEEDS = (0, 1, 2, 3)
+
+
+class Validation:
+    """A sheet for a few known duplicates and as many distinct samples; of any, where nothing is known.
+
+    Sheets go to ``<samples seen>.png``, one row for every prompt: its training picture, then four seeds; the prompts,
+    in that order, to ``prompts.txt``.
+    """
+
+    def __init__(self, config: LogConfig, pipeline, dataset: SampleDataset, out: Path):
+        self._config, self._pipeline, self._out = config, pipeline, out
+        self._side = dataset.view.resolution
+        self._rows: list[tuple[str, np.ndarray]] = []
+        if config.validation_every:
+            self._rows = [row for key in _keys(dataset, config.validation_prompts) if (row := self._row(dataset, key))]
+
+    def _row(self, dataset: SampleDataset, key: str) -> tuple[str, np.ndarray] | None:
+        try:
+            picture = ImageOps.fit(dataset.shards.image(key), (self._side, self._side), Image.Resampling.LANCZOS)
+            return dataset.shards.caption(key), np.asarray(picture)
+        except ShardError:
+            return None
+
+    def run(self, samples: int) -> list[tuple[str, np.ndarray]]:
+        """Generates and writes a sheet; (prompt, its row of the sheet as uint8 [H, 5 W, 3]) for every prompt."""
+        if not self._rows:
+            return []
+        prompts = [prompt for prompt, _ in self._rows]
+        generations = generate(
+            self._pipeline,
+            prompts,
+            SEEDS,
+            steps=self._config.validation_steps,
+            guidance_scale=self._config.validation_guidance_scale,
+            batch_size=len(SEEDS),
+            size=self._side,
+            progress=False,
+        )
+        rows = [np.concatenate([known, *made], 1) for (_, known), made in zip(self._rows, generations, strict=True)]
+        self._out.mkdir(exist_ok=True)
+        (self._out / "prompts.txt").write_text("".join(f"{' '.join(prompt.split())}\n" for prompt in prompts))
+        partial = self._out / f".{samples:09d}.partial.png"
+        Image.fromarray(np.concatenate(rows)).save(partial)
+        partial.rename(self._out / f"{samples:09d}.png")
+        return list(zip(prompts, rows, strict=True))
+
+
+def _keys(dataset: SampleDataset, count: int) -> list[str]:
+    keys, duplicate = np.array(dataset.experiment.keys), dataset.experiment.duplicate
+    if duplicate is None:
+        return keys[:count].tolist()
+    return [*keys[duplicate][:count], *keys[~duplicate][:count]]
