@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import copy
 import difflib
 import json
 import math
 import re
+from argparse import ArgumentError
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import MISSING, Field, asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Literal
+
+import yaml
 
 
 LR_SCHEDULES = ("constant", "constant_with_warmup", "piecewise_constant", "linear", "cosine", "cosine_with_restarts", "polynomial")
@@ -196,29 +200,25 @@ _SHARES = ("train.adam_beta1", "train.adam_beta2", "data.caption_dropout", "data
 
 def check(config: Config) -> None:
     """Raises ConfigError with every setting that is out of range."""
-    train, errors = config.train, []
+    config, errors = copy.deepcopy(config), []
+    for section, setting in _settings_of(Config):
+        part = getattr(config, section)
+        if getattr(part, setting.name) is None and "None" not in setting.type:
+            errors.append(f"{section}.{setting.name} must have a value, found null")
+            setattr(part, setting.name, getattr(type(part)(), setting.name))
 
     def require(names: tuple[str, ...], holds: Callable[[float], bool], wording: str) -> None:
         for name in names:
             section, _, key = name.partition(".")
             value = getattr(getattr(config, section), key)
-            if value is not None and not (math.isfinite(value) and holds(value)):
+            if value is not None and not (-math.inf < value < math.inf and holds(value)):
                 errors.append(f"{name} must be {wording}, found {value}")
 
     require(_POSITIVE, lambda value: value > 0, "above 0")
     require(_NOT_NEGATIVE, lambda value: value >= 0, "at least 0")
     require(_SHARES, lambda value: 0 <= value < 1, "at least 0 and below 1")
-    step = train.batch_size * train.accumulation
-    if step > 0 and train.samples % step:
-        errors.append(f"train.samples must be a multiple of batch_size x accumulation = {step}, found {train.samples}: "
-                      f"the last step would weigh its samples otherwise than the rest")  # fmt: skip
-    if train.warmup_samples and train.lr_schedule in ("constant", "piecewise_constant"):
-        errors.append(f"train.warmup_samples={train.warmup_samples} has no effect on the {train.lr_schedule} schedule: "
-                      "use train.lr_schedule=constant_with_warmup")  # fmt: skip
-    if (train.lr_schedule == "piecewise_constant") != (train.lr_rules is not None):
-        errors.append("train.lr_rules and train.lr_schedule=piecewise_constant need each other")
-    if train.lr_rules is not None and not re.fullmatch(r"([\d.e-]+:\d+,)*[\d.e-]+", train.lr_rules):
-        errors.append(f'train.lr_rules must look like "1:80000,0.1:120000,0.01", found {train.lr_rules!r}')
+    require(("train.seed",), lambda value: value < 2**63, "below 2**63")
+    errors += _about_time(config.train)
     if config.model.lora_rank is not None and not config.model.lora_targets:
         errors.append("model.lora_targets must name at least one layer")
     if not re.fullmatch(r"[\w.-]+", config.log.project):
@@ -229,6 +229,31 @@ def check(config: Config) -> None:
         errors.append(str(error))
     if errors:
         raise ConfigError("\n".join(errors))
+
+
+def _about_time(train: TrainConfig) -> Iterator[str]:
+    """What is wrong with budget and schedule."""
+    step = train.batch_size * train.accumulation
+    if step > 0 and train.samples % step:
+        yield (f"train.samples must be a multiple of batch_size x accumulation = {step}, found {train.samples}: "
+               f"the last step would weigh its samples otherwise than the rest")  # fmt: skip
+    if train.warmup_samples and train.lr_schedule in ("constant", "piecewise_constant"):
+        yield (f"train.warmup_samples={train.warmup_samples} has no effect on the {train.lr_schedule} schedule: "
+               "use train.lr_schedule=constant_with_warmup")  # fmt: skip
+    if train.lr_schedule == "polynomial" and 0 < train.learning_rate <= 1e-7:
+        yield f"train.learning_rate must be above 1e-07, where the polynomial schedule ends, found {train.learning_rate}"
+    if (train.lr_schedule == "piecewise_constant") != (train.lr_rules is not None):
+        yield "train.lr_rules and train.lr_schedule=piecewise_constant need each other"
+    number = r"(\d+\.?\d*|\.\d+)(e[+-]?\d+)?"
+    if train.lr_rules is not None and not re.fullmatch(rf"({number}:\d+,)*{number}", train.lr_rules):
+        yield f'train.lr_rules must look like "1:80000,0.1:120000,0.01", found {train.lr_rules!r}'
+
+
+def _settings_of(root: type) -> Iterator[tuple[str, Field]]:
+    for section in fields(root):
+        if section.default_factory is not MISSING:
+            for setting in fields(section.default_factory):
+                yield section.name, setting
 
 
 def make_filter(config: FilterConfig):
@@ -246,9 +271,9 @@ def parse(argv: list[str], description: str = "") -> Config:
     Raises:
         ConfigError: with every setting that is unknown, of the wrong type or out of range.
     """
-    from jsonargparse import ArgumentError, ArgumentParser
+    from jsonargparse import ArgumentParser
 
-    parser = ArgumentParser(description=description, default_env=False, exit_on_error=False)
+    parser = ArgumentParser(description=description, default_env=False, exit_on_error=False, allow_abbrev=False)
     parser.add_argument("--config", action="config", help="YAML file with any of the settings below")
     parser.add_class_arguments(Config, as_group=False)
 
@@ -257,13 +282,12 @@ def parse(argv: list[str], description: str = "") -> Config:
         parsed.pop("config", None)
         return Config(**vars(parser.instantiate(parsed)))
 
-    # YAML's infinity is .inf; people and sweeps write inf
-    argv = [re.sub(r"^((?:--[\w.]+=)?-?)(inf|nan)$", r"\1.\2", argument) for argument in argv]
     try:
-        config, errors = build(argv), []
-    except ArgumentError as error:
+        config, errors = build(list(_with_infinities(argv))), []
+    except _UNREADABLE:
+        # the parser stops at the first; what can be read is checked all the same
         good, errors = _sort_out(argv, build)
-        config, errors = build(good), errors or [str(error)]
+        config = build(good)
     try:
         check(config)
     except ConfigError as error:
@@ -273,23 +297,43 @@ def parse(argv: list[str], description: str = "") -> Config:
     return config
 
 
-def _sort_out(argv: list[str], build: Callable[[list[str]], Config]) -> tuple[list[str], list[str]]:
-    """Tries every setting by itself: (arguments that can be read, what is wrong with the others). The parser stops at
-    the first one."""
-    from jsonargparse import ArgumentError
+# jsonargparse raises an ArgumentError, and what it meets in broken files as it comes; ArgumentError is an Exception only
+_UNREADABLE = (ArgumentError, TypeError, ValueError, OSError)
+_NUMBERS = {f"{section}.{setting.name}" for section, setting in _settings_of(Config) if "float" in setting.type}
+_INFINITIES = {"inf": ".inf", "-inf": "-.inf", "nan": ".nan"}
 
-    known = {name for name, _ in _leaves(asdict(Config()))}
+
+def _with_infinities(argv: list[str]) -> Iterator[str]:
+    """YAML's infinity is .inf; people and sweeps write inf."""
+    name = ""
+    for word in argv:
+        before, (name, given, value) = name, word.removeprefix("--").partition("=")
+        if before in _NUMBERS and word in _INFINITIES:
+            yield _INFINITIES[word]
+        elif name in _NUMBERS and value in _INFINITIES:
+            yield f"--{name}={_INFINITIES[value]}"
+        else:
+            yield word
+
+
+def _sort_out(argv: list[str], build: Callable[[list[str]], Config]) -> tuple[list[str], list[str]]:
+    """Tries every setting by itself: (arguments that can be read, what is wrong with the others)."""
+    known = {"run_dir": "str"} | {f"{section}.{setting.name}": setting.type for section, setting in _settings_of(Config)}
     good, errors = [], []
     for name, value, where in _settings(argv, errors):
         if name not in known:
             near = difflib.get_close_matches(name, known, n=1)
             errors.append(f"{where}{name} is no setting" + (f": did you mean {near[0]}?" if near else ", see --help"))
             continue
-        argument = f"--{name}={value if isinstance(value, str) else json.dumps(value)}"
+        if known[name].startswith("str") and isinstance(value, bool | int | float | list):
+            errors.append(f"{where}{name}={value!r}: expected text, so write it in quotes")
+            continue
+        plain = value if isinstance(value, str) else json.dumps(value, default=str).replace("Infinity", "inf")
+        argument = next(_with_infinities([f"--{name}={plain.replace('NaN', 'nan')}"]))
         try:
             build([argument])
             good.append(argument)
-        except ArgumentError as error:
+        except _UNREADABLE as error:
             reason = re.sub(r'^Parser key "[^"]*": ', "", " ".join(str(error).split()).split(" Given value")[0])
             errors.append(f"{where}{name}={value!r}: {reason}")
     return good, errors
@@ -297,8 +341,6 @@ def _sort_out(argv: list[str], build: Callable[[list[str]], Config]) -> tuple[li
 
 def _settings(argv: list[str], errors: list[str]) -> Iterator[tuple[str, object, str]]:
     """(name, value, where it stands) of every setting in the files and on the command line."""
-    import yaml
-
     words = iter(argv)
     for word in words:
         name, given, value = word.removeprefix("--").partition("=")

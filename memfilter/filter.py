@@ -39,9 +39,9 @@ class _Readback:
     """What a forward found, on its way to the host. The copy is asked for before the backward is queued and waited for
     after: the device has work all the while, and the host knows before the update."""
 
-    def __init__(self, verdict: Verdict):
-        self.keys = verdict.keys
-        facts = torch.stack([verdict.keep, torch.isfinite(verdict.text_norm)])  # [2, B]
+    def __init__(self, keep: Tensor, finite: Tensor, keys: Sequence[str] | None):
+        self.keys = keys
+        facts = torch.stack([keep, finite])  # [2, B]
         self._host = facts.to("cpu", non_blocking=True)
         self._arrived = None
         if facts.device.type != "cpu":
@@ -111,7 +111,7 @@ class MemFilter:
         self._facts: dict = {}
         self._factors: Tensor | None = None  # [T], None for epsilon prediction
         self._unread: _Readback | None = None  # of the last training forward
-        self._kept_in_step = 0
+        self._kept_in_step: int | None = None  # None: no training forward since the last step
         self._empty_in_a_row = 0
 
     def wrap(self, unet: nn.Module, null, scheduler=None) -> FilteredUNet:
@@ -144,7 +144,8 @@ class MemFilter:
             caption_dropped: whether its caption was replaced by the empty one. Its norm is 0 by definition: it is
                 neither checked nor dropped.
             excluded: whether the sample is left out of the loss whatever its norm, such as one that could not be
-                read. It is not checked and counts apart.
+                read; what stands in its place must be finite. It is not checked and counts apart; with the reduction
+                ``batch`` it counts as a sample of the batch, as a dropped one does.
         """
         self._facts = {
             "keys": keys,
@@ -155,8 +156,8 @@ class MemFilter:
 
     def _judge(self, cond: Tensor, null: Tensor | None, timesteps: Tensor) -> tuple[Tensor, Tensor]:
         """Verdict on one training forward: (text_norm [B], keep [B]); ``null`` is None where no pass was made for it."""
-        self._settle()
         facts, self._facts = self._facts, {}
+        self._settle()
         device, count = cond.device, len(cond)
         if (keys := facts.get("keys")) is not None and len(keys) != count:
             raise ValueError(f"MemFilter.batch(keys=...) must have one entry for each of the {count} samples, "
@@ -173,22 +174,23 @@ class MemFilter:
             self._factors = self._factors.to(device)
             factor = self._factors[timesteps.long()]
             checked &= factor != 0
-        norm = torch.zeros(count, device=device)
+        norm, finite = torch.zeros(count, device=device), torch.ones_like(checked)
         if null is not None:
-            norm = torch.where(checked, text_norm(cond, null, factor, self.threshold.unit), 0)
+            found = text_norm(cond, null, factor, self.threshold.unit)
+            norm, finite = torch.where(checked, found, 0), torch.isfinite(found) | excluded
         keep = (self.threshold(norm, timesteps) | ~checked) & ~excluded
         group = torch.zeros(count, dtype=torch.long, device=device)
         if (duplicate := facts.get("duplicate")) is not None:
             group = _bools(duplicate, count, device, "duplicate").long() + 1
         self.stats.add(timesteps, norm, keep, checked, group, excluded)
         self.verdict, self._unused = Verdict(timesteps, norm, keep, checked, facts.get("keys")), True
-        self._unread = _Readback(self.verdict)
+        self._unread = _Readback(keep, finite, self.verdict.keys)
         return norm, keep
 
     def _settle(self) -> None:
         unread, self._unread = self._unread, None
         if unread is not None:
-            self._kept_in_step += unread.read()
+            self._kept_in_step = (self._kept_in_step or 0) + unread.read()
 
     def loss(self, pred: Tensor, target: Tensor, weight: Tensor | None = None) -> Tensor:
         """Masked mean squared error of the last forward's samples: [B, ...] -> scalar, graph always intact.
@@ -219,7 +221,10 @@ class MemFilter:
         state = getattr(optimizer, "gradient_state", None)  # accelerate's
         if state is not None and not state.sync_gradients:
             return True
-        kept, self._kept_in_step = self._kept_in_step, 0
+        kept, self._kept_in_step = self._kept_in_step, None
+        if kept is None and not self.active:  # nothing was asked of the filter
+            return True
+        kept = kept or 0
         if dist.is_available() and dist.is_initialized():  # an update of one rank alone would part the weights
             kept = torch.tensor(kept, device=None if self.verdict is None else self.verdict.keep.device)
             dist.all_reduce(kept)
@@ -230,8 +235,10 @@ class MemFilter:
         self._empty_in_a_row += 1
         self.stats.empty_steps += 1
         if self._empty_in_a_row >= self.max_empty_steps:
-            raise EmptySteps(f"{self._empty_in_a_row} optimizer steps in a row kept no sample: filter.tau="
-                             f"{self.threshold.tau} is below the norm of everything; raise it")  # fmt: skip
+            reason = "all of them were excluded"
+            if self.threshold.tau < math.inf:
+                reason = f"filter.tau={self.threshold.tau} is below the norm of everything; raise it"
+            raise EmptySteps(f"{self._empty_in_a_row} optimizer steps in a row kept no sample: {reason}")
         return False
 
     def metrics(self, accelerator=None) -> dict[str, float]:

@@ -11,6 +11,7 @@ import torch
 
 SCENES_BASE = "scenes-base"
 PIPELINES = ("StableDiffusionPipeline", "StableDiffusionXLPipeline")
+_NEEDED = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
 PIPELINE, LORA = "pipeline", "lora"  # in a run's directory
 
 
@@ -48,16 +49,18 @@ def load_pipeline(
         raise ModelError(f"model.path: {source} is not a pipeline directory, it has no model_index.json")
     where = {"revision": revision, "local_files_only": not hub}
     try:
-        kind = DiffusionPipeline.load_config(source, **where)["_class_name"]
-        if kind not in PIPELINES:
-            raise ModelError(f"model.path: {source} is a {kind}: expected one of {', '.join(PIPELINES)}")
+        index = DiffusionPipeline.load_config(source, **where)
+        if index["_class_name"] not in PIPELINES:
+            raise ModelError(f"model.path: {source} is a {index['_class_name']}: expected one of {', '.join(PIPELINES)}")
+        # diffusers makes a tokenizer out of nothing, and of the others it does not say which is missing
+        named = [part for part, kind in index.items() if isinstance(kind, list) and kind[0] is not None]
+        missing = [part for part in _NEEDED if part not in named or not hub and not (Path(source) / part).is_dir()]
+        missing += [part for part in named if part not in _NEEDED and not hub and not (Path(source) / part).is_dir()]
+        if missing:
+            raise ModelError(f"model.path: {source} has no {' and no '.join(missing)}")
         pipeline = DiffusionPipeline.from_pretrained(
             source, dtype=dtype, use_safetensors=True, variant=variant, **where
         )
-        # diffusers passes over what model_index.json does not name
-        missing = [part for part in ("unet", "vae", "text_encoder", "tokenizer") if getattr(pipeline, part) is None]
-        if missing:
-            raise ModelError(f"model.path: {source} has no {' and no '.join(missing)}")
     except ModelError:
         raise
     except Exception as error:  # noqa: BLE001  diffusers, safetensors and the hub each have their own

@@ -101,7 +101,7 @@ class FilterStats:
 
 
 def _metrics(sums: Tensor) -> dict[str, float]:
-    """[field, group, bin] -> named figures; what has no sample has no figure."""
+    """[field, group, bin] -> named figures; there is no rate and no norm of what has no checked sample."""
     metrics = {}
 
     def counts(suffix: str, part: Tensor) -> None:

@@ -42,8 +42,7 @@ def validate(
         UnsuitableModel: with all reasons.
     """
     reasons, hints = [], []
-    # LoRA and diffusers leave dropout layers with p = 0 behind, which do nothing
-    if dropout := [name for name, m in unet.named_modules() if isinstance(m, nn.modules.dropout._DropoutNd) and m.p > 0]:
+    if dropout := [name for name, module in unet.named_modules() if _drops(module)]:
         reasons.append(f"{_some(dropout)} of the denoiser drop activations at random, differently for the empty prompt: "
                        "set their p to 0")  # fmt: skip
     norms = nn.modules.batchnorm._BatchNorm
@@ -78,6 +77,13 @@ def _scheduler(scheduler, reasons: list[str], hints: list[str]) -> None:
                          "about the noise there; they are trained on and counted as unchecked")  # fmt: skip
         if kind == "epsilon" and (alphas_cumprod == 0).any():
             reasons.append("a scheduler with zero terminal SNR cannot train epsilon prediction: use v_prediction")
+
+
+def _drops(module: nn.Module) -> bool:
+    # LoRA and diffusers leave dropout layers with p = 0 behind, which do nothing
+    if isinstance(module, nn.MultiheadAttention):
+        return module.dropout > 0
+    return isinstance(module, nn.modules.dropout._DropoutNd) and module.p > 0
 
 
 def _some(names: Iterable[str]) -> str:

@@ -25,12 +25,13 @@ def _fresh_accelerate():
 @pytest.fixture
 def tiny_unet():
     """Factory: tiny_unet(seed, **config) is a UNet2DConditionModel of 200k weights in train mode."""
+    import tiny
     from diffusers import UNet2DConditionModel
 
     def make(seed: int = 0, **config) -> UNet2DConditionModel:
         with torch.random.fork_rng():
             torch.manual_seed(seed)
-            return UNet2DConditionModel(**TINY | config).train()
+            return UNet2DConditionModel(**tiny.UNET | config).train()
 
     return make
 
@@ -53,17 +54,3 @@ def scenes_dir(tmp_path_factory):
     from memfilter.data.experiment import prepare_scenes
 
     return prepare_scenes(tmp_path_factory.mktemp("data") / "scenes", seed=5, duplicates=4, repeats=20, distinct=100)
-
-
-TINY = {
-    "sample_size": 8,
-    "in_channels": 4,
-    "out_channels": 4,
-    "layers_per_block": 1,
-    "block_out_channels": (16, 32),
-    "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
-    "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
-    "cross_attention_dim": 16,
-    "attention_head_dim": 8,
-    "norm_num_groups": 8,
-}

@@ -1,11 +1,13 @@
 import copy
 import json
 import math
+import re
 
 import pytest
 import torch
 from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler
 from torch.nn.functional import mse_loss
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from memfilter import MemFilter
 from memfilter.filter import EmptySteps, NonFiniteNorm
@@ -57,7 +59,8 @@ def test_without_tau_there_is_one_forward_and_plain_mse(tiny_unet, tiny_batch):
     seen = forwards(unet.unet)
     loss = mem_filter.loss(unet(x, t, e).sample, target)
     assert seen == [4]
-    assert mem_filter.metrics() == {}
+    metrics = mem_filter.metrics()
+    assert [metrics[f"filter/{name}"] for name in ("seen", "checked", "dropped")] == [4, 0, 0]
     torch.testing.assert_close(loss, mse_loss(bare(x, t, e).sample, target), rtol=1e-6, atol=0)
 
 
@@ -125,21 +128,51 @@ def test_fifty_steps_that_only_measure_give_the_weights_of_no_filter_bit_for_bit
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 @pytest.mark.parametrize("tau", [4.0, math.inf])
-def test_non_finite_norm_names_exactly_the_bad_samples(tiny_unet, tiny_batch, tau, bad):
-    x, t, e, _ = tiny_batch()
-    x[1, 0, 0, 0] = x[3, 2, 5, 5] = bad
+@pytest.mark.parametrize("keys, named", [(["ant", "bee", "cat", "dog"], "(bee, dog)"), (None, "(row 1, row 3)")])
+def test_non_finite_norm_names_exactly_the_bad_samples_before_the_step(tiny_unet, tiny_batch, tau, bad, keys, named):
+    x, t, e, target = tiny_batch()
     mem_filter = MemFilter(tau=tau)
     unet = mem_filter.wrap(tiny_unet(), null=NULL)
-    mem_filter.batch(keys=["ant", "bee", "cat", "dog"])
-    with pytest.raises(NonFiniteNorm, match=r"2 of 4 samples.*\(bee, dog\)"):
-        unet(x, t, e)
-    with pytest.raises(NonFiniteNorm, match=r"\(row 1, row 3\)"):
-        unet(x, t, e)
+    optimizer = adamw(unet)
+    step(mem_filter, unet, optimizer, x, t, embeds("1111"), target)
+    before = snapshot(unet, optimizer)
+    x[1, 0, 0, 0] = x[3, 2, 5, 5] = bad
+    with pytest.raises(NonFiniteNorm, match=rf"2 of 4 samples.*{re.escape(named)}"):
+        step(mem_filter, unet, optimizer, x, t, e, target, keys=keys)
+    assert same(before, snapshot(unet, optimizer))
 
 
-def test_loss_without_a_training_forward_of_its_batch_raises(tiny_unet, tiny_batch):
+def test_loop_without_before_step_hears_of_a_non_finite_norm_at_the_next_training_forward(tiny_unet, tiny_batch):
     x, t, e, target = tiny_batch()
     mem_filter = MemFilter(tau=4.0)
+    unet = mem_filter.wrap(tiny_unet(), null=NULL)
+    broken = x.clone()
+    broken[2] = math.nan
+    mem_filter.batch(keys=["ant", "bee", "cat", "dog"])
+    mem_filter.loss(unet(broken, t, e).sample, target)
+    unet.eval()(x, t, e)  # a validation in between reads nothing
+    mem_filter.batch(keys=["elk", "fox", "gnu", "hen"])
+    with pytest.raises(NonFiniteNorm, match=r"1 of 4 samples.*\(cat\)"):
+        unet.train()(x, t, e)
+    unet(x, t, e)  # said once
+    assert mem_filter.before_step(adamw(unet))
+
+
+def test_bad_micro_batch_is_named_before_the_step_that_accumulates_it(tiny_unet, tiny_batch):
+    x, t, e, target = tiny_batch(size=2)
+    mem_filter = MemFilter(tau=4.0)
+    unet = mem_filter.wrap(tiny_unet(), null=NULL)
+    mem_filter.loss(unet(x, t, e).sample, target).backward()
+    mem_filter.batch(keys=["ant", "bee"])
+    mem_filter.loss(unet(x * torch.tensor([1, math.inf]).view(2, 1, 1, 1), t, e).sample, target).backward()
+    with pytest.raises(NonFiniteNorm, match=r"1 of 2 samples.*\(bee\)"):
+        mem_filter.before_step(adamw(unet))
+
+
+@pytest.mark.parametrize("tau", [4.0, None])
+def test_loss_without_a_training_forward_of_its_batch_raises(tiny_unet, tiny_batch, tau):
+    x, t, e, target = tiny_batch()
+    mem_filter = MemFilter(tau=tau)
     unet = mem_filter.wrap(tiny_unet(), null=NULL)
     with pytest.raises(RuntimeError, match="call the wrapped denoiser first"):
         mem_filter.loss(x, target)
@@ -225,6 +258,108 @@ def test_caption_dropped_samples_are_kept_and_unchecked(tiny_unet, tiny_batch):
     assert [metrics[f"filter/{name}"] for name in ("seen", "checked", "dropped")] == [4, 2, 2]
 
 
+def test_without_tau_every_sample_is_kept_and_none_checked(tiny_unet, tiny_batch):
+    x, t, e, _ = tiny_batch()
+    x[1] = math.nan  # nobody looks at the norm
+    mem_filter = MemFilter(tau=None)
+    unet = mem_filter.wrap(tiny_unet(), null=NULL, scheduler=DDPMScheduler(prediction_type="v_prediction"))
+    mem_filter.batch(keys=list("abcd"), caption_dropped=[True, False] * 2)
+    out = unet(x, t, e)
+    verdict = mem_filter.verdict
+    assert out.keep.tolist() == verdict.keep.tolist() == [True] * 4
+    assert verdict.checked.tolist() == [False] * 4 and verdict.text_norm.tolist() == [0] * 4
+    assert verdict.keys == list("abcd") and torch.equal(verdict.timesteps, t)
+    assert mem_filter.before_step(adamw(unet))
+    assert mem_filter.histograms() == {}
+
+
+@pytest.mark.parametrize("tau", [None, 1e9])
+def test_excluded_samples_teach_what_a_batch_without_them_teaches(tiny_unet, tiny_batch, tau):
+    bare, (x, t, e, target) = tiny_unet(), tiny_batch(size=5)
+    mem_filter = MemFilter(tau=tau)
+    unet = mem_filter.wrap(copy.deepcopy(bare), null=NULL)
+    mem_filter.batch(excluded=[False, True, False, False, True])
+    out = unet(x, t, e)
+    assert out.keep.tolist() == [True, False, True, True, False]
+    weight = torch.tensor([1.0, 2.0, 3.0, 4.0, math.nan])
+    loss = mem_filter.loss(out.sample, target, weight)
+    loss.backward()
+    rows = [0, 2, 3]
+    errors = (bare(x[rows], t[rows], e[rows]).sample - target[rows]).square().flatten(1).mean(1)
+    expected = (errors * weight[rows]).mean()
+    expected.backward()
+    torch.testing.assert_close(loss, expected, rtol=1e-5, atol=0)
+    for p, q in zip(unet.parameters(), bare.parameters(), strict=True):
+        torch.testing.assert_close(p.grad, q.grad, rtol=1e-3, atol=1e-6)
+    metrics = mem_filter.metrics()
+    found = [metrics[f"filter/{name}"] for name in ("seen", "checked", "dropped", "excluded")]
+    assert found == [5, 0 if tau is None else 3, 0, 2]
+
+
+def test_excluded_samples_are_unchecked_whatever_else_is_known_of_them(tiny_unet, tiny_batch):
+    x, t, e, _ = tiny_batch()
+    x[[0, 1]] = math.nan
+    mem_filter = MemFilter(tau=TINY_TAU)
+    unet = mem_filter.wrap(tiny_unet(), null=NULL)
+    mem_filter.batch(excluded=[True, True, False, False], caption_dropped=[True, False, True, False],
+                     duplicate=[True] * 4)  # fmt: skip
+    out = unet(x, t, e)
+    assert out.keep.tolist() == [False, False, True, False]
+    assert mem_filter.verdict.checked.tolist() == [False, False, False, True]
+    assert out.text_norm[:3].tolist() == [0, 0, 0] and out.text_norm[3] > TINY_TAU
+    mem_filter.before_step(adamw(unet))  # their norm is nobody's business
+    metrics = mem_filter.metrics()
+    assert [metrics[f"filter/{name}"] for name in ("checked", "dropped", "excluded")] == [1, 1, 2]
+    assert metrics["filter/drop_rate_duplicates"] == 1
+    assert sum(mem_filter.histograms()["filter/norm_histogram_duplicates"]) == 1
+
+
+def test_step_whose_only_samples_are_excluded_changes_nothing_without_tau(tiny_unet, tiny_batch):
+    x, t, e, target = tiny_batch()
+    mem_filter = MemFilter(tau=None)
+    unet = mem_filter.wrap(tiny_unet(), null=NULL)
+    optimizer = adamw(unet)
+    assert step(mem_filter, unet, optimizer, x, t, e, target, excluded=[True, False, True, True])
+    before = snapshot(unet, optimizer)
+    assert not step(mem_filter, unet, optimizer, x, t, e, target, excluded=[True] * 4)
+    assert same(before, snapshot(unet, optimizer))
+    assert mem_filter.stats.empty_steps == 1
+    assert step(mem_filter, unet, optimizer, x, t, e, target)
+    assert not same(before, snapshot(unet, optimizer))
+
+
+class HostReads(TorchDispatchMode):
+    """Counts what makes the host wait for the device."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func._schema.name.removeprefix("aten::")
+        self.count += name in ("_local_scalar_dense", "item", "is_nonzero", "nonzero", "equal", "masked_select")
+        return func(*args, **kwargs or {})
+
+
+@pytest.mark.parametrize("tau", [None, 4.0])
+@pytest.mark.parametrize("facts", [False, True], ids=["alone", "facts"])
+def test_host_reads_nothing_before_the_step(tiny_unet, tiny_batch, tau, facts):
+    x, t, e, target = tiny_batch()
+    mem_filter = MemFilter(tau=tau)
+    scheduler = DDPMScheduler(prediction_type="v_prediction", rescale_betas_zero_snr=True)
+    unet = mem_filter.wrap(tiny_unet(), null=NULL, scheduler=scheduler)
+    with HostReads() as reads:
+        if facts:
+            mem_filter.batch(keys=list("abcd"), excluded=[True, False, False, False], duplicate=[True, False] * 2,
+                             caption_dropped=[False, False, True, False])  # fmt: skip
+        loss = mem_filter.loss(unet(x, t, e).sample, target, torch.ones(4))
+        loss.backward()
+    assert reads.count == 0
+    with reads:
+        mem_filter.before_step(adamw(unet))
+    assert reads.count > 0  # the counter does count
+
+
 def test_facts_hold_for_the_next_training_forward_and_no_longer(tiny_unet, tiny_batch):
     x, t, e, _ = tiny_batch()
     mem_filter = MemFilter(tau=TINY_TAU)
@@ -240,7 +375,7 @@ def test_facts_hold_for_the_next_training_forward_and_no_longer(tiny_unet, tiny_
     assert "filter/drop_rate_duplicates" not in mem_filter.metrics()
 
 
-@pytest.mark.parametrize("name", ["duplicate", "caption_dropped", "keys"])
+@pytest.mark.parametrize("name", ["duplicate", "caption_dropped", "excluded", "keys"])
 @pytest.mark.parametrize("length", [3, 5])
 def test_facts_of_another_length_are_refused_by_name(tiny_unet, tiny_batch, name, length):
     x, t, e, _ = tiny_batch()

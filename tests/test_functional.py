@@ -2,8 +2,9 @@ import numpy as np
 import pytest
 import torch
 from diffusers import DDPMScheduler
+from diffusers.training_utils import compute_snr
 
-from memfilter.functional import flow_noise_factor, keep_mask, masked_loss, noise_factor, text_norm
+from memfilter.functional import flow_noise_factor, keep_mask, masked_loss, min_snr_weight, noise_factor, text_norm
 
 SHAPES = [(1, 4, 8, 8), (3, 4, 64, 64), (5, 16, 6, 10), (7, 3), (2, 4, 3, 8, 8)]
 
@@ -119,6 +120,49 @@ def test_gradient_is_that_of_the_kept_samples_alone():
         torch.testing.assert_close(b, a * 3 / 6, rtol=1e-12, atol=1e-14)
 
 
+@pytest.mark.parametrize("reduction", ["kept", "batch"])
+def test_weight_is_a_factor_of_every_kept_samples_error_and_not_of_the_divisor(reduction):
+    pred, target = torch.randn(2, 5, 4, 6, 6)
+    weight, keep = torch.tensor([0.5, 3.0, 0.0, 7.0, 1.0]), torch.tensor([True, True, True, False, True])
+    errors = ((pred.double() - target.double()) ** 2).numpy().reshape(5, -1).mean(1)
+    expected = (errors * [0.5, 3, 0, 0, 1]).sum() / (4 if reduction == "kept" else 5)
+    np.testing.assert_allclose(masked_loss(pred, target, keep, reduction, weight), expected, rtol=1e-6)
+    ones = masked_loss(pred, target, keep, reduction, torch.ones(5))
+    assert torch.equal(ones, masked_loss(pred, target, keep, reduction))
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_broken_weight_of_a_dropped_sample_reaches_neither_loss_nor_gradients(bad):
+    pred, target = torch.randn(2, 3, 4, 8, 8)
+    pred.requires_grad_()
+    keep = torch.tensor([True, False, True])
+    loss = masked_loss(pred, target, keep, weight=torch.tensor([2.0, bad, 4.0]))
+    loss.backward()
+    clean = pred.detach()
+    alone = 2 * paper_loss(clean[:1], target[:1], [1], 1) + 4 * paper_loss(clean[2:], target[2:], [1], 1)
+    np.testing.assert_allclose(loss.item(), alone / 2, rtol=1e-6)
+    assert not pred.grad[1].any() and pred.grad[[0, 2]].isfinite().all()
+
+
+@pytest.mark.parametrize("gamma", [0.5, 5.0, 1e6])
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample"])
+def test_min_snr_weight_is_that_of_diffusers_trainers(prediction_type, gamma):
+    scheduler = DDPMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
+    snr = compute_snr(scheduler, torch.arange(1000)).double().numpy()
+    clipped = np.minimum(snr, gamma)
+    expected = {"epsilon": clipped / snr, "v_prediction": clipped / (snr + 1), "sample": clipped}[prediction_type]
+    assert gamma == 1e6 or (snr < gamma).any() and (snr > gamma).any()
+    np.testing.assert_allclose(min_snr_weight(prediction_type, scheduler.alphas_cumprod, gamma), expected, rtol=1e-4)
+
+
+@pytest.mark.parametrize("prediction_type, limits", [("epsilon", [1, 0]), ("v_prediction", [0, 0]), ("sample", [0, 5])])
+def test_min_snr_weight_has_its_limits_without_signal_and_without_noise(prediction_type, limits):
+    abar = torch.tensor([0, 1], dtype=torch.float64)
+    assert min_snr_weight(prediction_type, abar, 5.0).tolist() == limits
+    near = min_snr_weight(prediction_type, (abar - 1e-9).abs(), 5.0)
+    np.testing.assert_allclose(near, limits, atol=1e-7)
+
+
 def epsilon_model():
     """f(x_t, t, e): a noise prediction that depends on all three, in float64."""
     layers = torch.nn.Linear(4 * 36 + 1 + 5, 64), torch.nn.Tanh(), torch.nn.Linear(64, 4 * 36)
@@ -195,6 +239,8 @@ def test_unknown_names_are_refused_by_name():
     x = torch.ones(1, 2)
     with pytest.raises(ValueError, match="velocity.*epsilon"):
         noise_factor("velocity", x)
+    with pytest.raises(ValueError, match="velocity.*epsilon"):
+        min_snr_weight("velocity", x, 5.0)
     with pytest.raises(ValueError, match="max.*l2"):
         text_norm(x, x, unit="max")
     with pytest.raises(ValueError, match="sum.*kept"):

@@ -1,43 +1,48 @@
 import json
 import random
 
+import numpy as np
 import pytest
 import torch
 
-from memfilter.stats import FilterStats
+from memfilter.stats import HISTOGRAM_EDGES, FilterStats
 
 GROUP_SUFFIX = {0: None, 1: "_distinct", 2: "_duplicates"}
 
 
 def draw(seed: int, size: int, num_train_timesteps: int = 1000) -> list[tuple]:
-    """Rows of (timestep, norm, keep, checked, group); the unchecked are kept and have norm 0."""
+    """Rows of (timestep, norm, keep, checked, group, excluded); norm 0 if unchecked, which excluded rows are."""
     rng = random.Random(seed)
     rows = []
     for _ in range(size):
         checked = rng.random() < 0.8
+        excluded = not checked and rng.random() < 0.5
         norm = rng.uniform(0, 8) if checked else 0.0
-        rows.append((rng.randrange(num_train_timesteps), norm, not checked or norm < 4, checked, rng.randrange(3)))
+        keep = norm < 4 and not excluded
+        rows.append((rng.randrange(num_train_timesteps), norm, keep, checked, rng.randrange(3), excluded))
     return rows
 
 
 def add(stats: FilterStats, rows: list[tuple]) -> None:
-    t, norm, keep, checked, group = zip(*rows, strict=True)
-    stats.add(torch.tensor(t), torch.tensor(norm), torch.tensor(keep), torch.tensor(checked), torch.tensor(group))
+    stats.add(*map(torch.tensor, zip(*rows, strict=True)))
 
 
 def recount(rows: list[tuple], bins: int = 10, num_train_timesteps: int = 1000) -> dict[str, float]:
-    checked = [row for row in rows if row[3]]
-    expected = {"filter/seen": len(rows), "filter/checked": len(checked), "filter/empty_steps": 0}
-    expected["filter/dropped"] = sum(not row[2] for row in checked)
+    expected = {"filter/empty_steps": 0}
 
     def put(suffix, part):
+        part = [row for row in part if row[3]]
         if part:
             expected[f"filter/drop_rate{suffix}"] = sum(not row[2] for row in part) / len(part)
             expected[f"filter/norm{suffix}"] = sum(row[1] for row in part) / len(part)
 
     for b in [None, *range(bins)]:
         where = "" if b is None else f"/bin{b}"
-        inside = [row for row in checked if b is None or row[0] // (num_train_timesteps // bins) == b]
+        inside = [row for row in rows if b is None or row[0] // (num_train_timesteps // bins) == b]
+        expected[f"filter/seen{where}"] = len(inside)
+        expected[f"filter/checked{where}"] = sum(row[3] for row in inside)
+        expected[f"filter/dropped{where}"] = sum(row[3] and not row[2] for row in inside)
+        expected[f"filter/excluded{where}"] = sum(row[5] for row in inside)
         put(where, inside)
         for group in (1, 2):
             put(f"{GROUP_SUFFIX[group]}{where}", [row for row in inside if row[4] == group])
@@ -56,7 +61,7 @@ def test_counts_rates_and_means_are_those_of_a_recount(bins, num_train_timesteps
 def test_bins_start_at_round_timesteps_and_the_last_one_is_closed():
     stats = FilterStats()
     for t in (0, 99, 100, 899, 900, 999):
-        add(stats, [(t, float(t), True, True, 0)])
+        add(stats, [(t, float(t), True, True, 0, False)])
     metrics = stats.compute()
     found = {b: metrics.get(f"filter/norm/bin{b}") for b in range(10)}
     assert found == dict.fromkeys(range(10)) | {0: 49.5, 1: 100, 8: 899, 9: 949.5}
@@ -74,11 +79,13 @@ def test_window_starts_anew_and_totals_do_not():
     assert stats.totals() == pytest.approx(recount(first + second), rel=1e-6)
 
 
-def test_unchecked_samples_count_as_seen_only():
+def test_unchecked_samples_count_as_seen_only_and_excluded_ones_apart():
     stats = FilterStats()
-    add(stats, [(5, 0.0, True, False, 2)] * 3 + [(5, 2.0, True, True, 2)])
+    unchecked, excluded = (5, 0.0, True, False, 2, False), (5, 0.0, False, False, 2, True)
+    add(stats, [unchecked] * 3 + [excluded] * 2 + [(5, 2.0, True, True, 2, False)])
     metrics = stats.compute()
-    assert (metrics["filter/seen"], metrics["filter/checked"], metrics["filter/norm_duplicates"]) == (4, 1, 2.0)
+    names = ("seen", "checked", "dropped", "excluded", "norm_duplicates", "drop_rate")
+    assert [metrics[f"filter/{name}"] for name in names] == [6, 1, 0, 2, 2.0, 0.0]
 
 
 def test_reduction_sums_over_ranks_and_leaves_the_own_totals_alone():
@@ -107,3 +114,68 @@ def test_state_goes_through_json_and_continues():
     expected = recount(first + second + third) | {"filter/empty_steps": 7}
     assert resumed.totals() == pytest.approx(expected, rel=1e-6)
     assert resumed.compute() == pytest.approx(recount(third) | {"filter/empty_steps": 7}, rel=1e-6)
+
+
+def recounted_histogram(rows: list[tuple], bin: int | None = None, group: int | None = None) -> list[int]:
+    norms = [row[1] for row in rows if row[3] and (bin is None or row[0] // 100 == bin) and group in (None, row[4])]
+    return np.histogram(np.float32(norms), [*HISTOGRAM_EDGES, np.inf])[0].tolist()
+
+
+def spread(seed: int, size: int) -> list[tuple]:
+    """As `draw`, with norms over more than all the bins."""
+    rows = draw(seed, size)
+    return [(t, norm and 2 ** (norm * 4 - 12), *rest) for t, norm, *rest in rows]
+
+
+def test_histograms_are_those_of_numpy_for_every_bin_and_group():
+    stats, rows = FilterStats(), spread(3, 2000)
+    for start in range(0, 2000, 100):
+        add(stats, rows[start : start + 100])
+    parts = {"": (None, None), "_distinct": (None, 1), "_duplicates": (None, 2)}
+    parts |= {f"/bin{b}": (b, None) for b in range(10)}
+    found = stats.histograms()
+    assert found == {f"filter/norm_histogram{name}": recounted_histogram(rows, *part) for name, part in parts.items()}
+    metrics = stats.compute()
+    assert sum(found["filter/norm_histogram"]) == metrics["filter/checked"] < metrics["filter/seen"]
+    assert sum(found["filter/norm_histogram/bin4"]) == metrics["filter/checked/bin4"]
+    assert min(found["filter/norm_histogram"][i] for i in (0, -1)) > 0
+
+
+def test_histogram_bins_hold_their_lower_edge_and_are_open_at_both_ends():
+    assert HISTOGRAM_EDGES[:2] == (0, 2**-8) and HISTOGRAM_EDGES[-1] == 2**12
+    assert HISTOGRAM_EDGES[33] == 1 and HISTOGRAM_EDGES[37] == 2  # four to the octave
+    last = len(HISTOGRAM_EDGES) - 1
+    below = np.nextafter(np.float32(2**-8), np.float32(0)).item()
+    for norm, place in ((0.0, 0), (1e-30, 0), (below, 0), (2**-8, 1), (1.0, 33), (1.1, 33), (2.0, 37), (3.0, 39),
+                        (4095.0, last - 1), (4096.0, last), (1e30, last)):  # fmt: skip
+        stats = FilterStats()
+        add(stats, [(0, norm, True, True, 0, False)])
+        assert stats.histograms()["filter/norm_histogram"].index(1) == place, norm
+
+
+def test_unchecked_samples_are_in_no_histogram():
+    stats = FilterStats()
+    add(stats, [(5, 0.0, True, False, 1, False), (5, 0.0, False, False, 2, True)])
+    assert stats.histograms() == {}
+
+
+def test_window_of_histograms_starts_anew_on_its_own():
+    stats, first, second = FilterStats(), spread(1, 30), spread(2, 20)
+    add(stats, first)
+    stats.compute()  # leaves the norms alone
+    assert stats.histograms()["filter/norm_histogram"] == recounted_histogram(first)
+    add(stats, second)
+    assert stats.histograms()["filter/norm_histogram"] == recounted_histogram(second)
+    assert stats.histograms() == {}
+    assert stats.compute()["filter/seen"] == 20
+
+
+def test_reduction_sums_histograms_over_ranks():
+    ranks = [spread(1, 12), spread(2, 8)]
+    both = [FilterStats() for _ in ranks]
+    for stats, rows in zip(both, ranks, strict=True):
+        add(stats, rows)
+    other = both[1]._norms.clone()
+    found = both[0].histograms(lambda own: own + other)
+    assert found["filter/norm_histogram"] == recounted_histogram(ranks[0] + ranks[1])
+    assert both[1].histograms()["filter/norm_histogram"] == recounted_histogram(ranks[1])

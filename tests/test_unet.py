@@ -24,7 +24,8 @@ class Judge:
 
     def __call__(self, cond, null, timesteps):
         self.calls.append((cond, null, timesteps))
-        return text_norm(cond, null), torch.ones(len(cond), dtype=torch.bool)
+        norm = torch.zeros(len(cond)) if null is None else text_norm(cond, null)
+        return norm, torch.ones(len(cond), dtype=torch.bool)
 
 
 @pytest.fixture
@@ -32,11 +33,12 @@ def judge():
     return Judge()
 
 
-@pytest.mark.parametrize("mode", ["eval", "no_grad", "inactive"])
+@pytest.mark.parametrize("mode", ["eval", "no_grad"])
+@pytest.mark.parametrize("active", [True, False])
 @pytest.mark.parametrize("return_dict", [True, False])
-def test_unchecked_forward_is_that_of_the_bare_unet(tiny_unet, tiny_batch, judge, mode, return_dict):
+def test_forward_outside_training_is_that_of_the_bare_unet(tiny_unet, tiny_batch, judge, mode, active, return_dict):
     bare, (x, t, e, _) = tiny_unet(), tiny_batch()
-    wrapped = FilteredUNet(copy.deepcopy(bare), NULL, judge, active=mode != "inactive")
+    wrapped = FilteredUNet(copy.deepcopy(bare), NULL, judge, active)
     for unet in (bare, wrapped):
         unet.train(mode != "eval")
     with torch.set_grad_enabled(mode != "no_grad"):
@@ -45,6 +47,21 @@ def test_unchecked_forward_is_that_of_the_bare_unet(tiny_unet, tiny_batch, judge
     assert torch.equal(out[0], expected[0])
     assert not hasattr(out, "text_norm")
     assert judge.calls == []
+
+
+@pytest.mark.parametrize("return_dict", [True, False])
+def test_inactive_training_forward_runs_the_bare_unet_once_and_judges_without_null(
+    tiny_unet, tiny_batch, judge, return_dict
+):
+    bare, (x, t, e, _) = tiny_unet(), tiny_batch()
+    wrapped, seen = FilteredUNet(copy.deepcopy(bare), NULL, judge, active=False), []
+    wrapped.unet.register_forward_hook(lambda m, args, out: seen.append(len(args[0])))
+    out, expected = wrapped(x, t, e, return_dict=return_dict), bare(x, t, e).sample
+    assert seen == [4] and torch.equal(out[0], expected)
+    cond, null, timesteps = judge.calls[0]
+    assert torch.equal(cond, expected) and null is None and torch.equal(timesteps, t)
+    norm, keep = out[1:] if isinstance(out, tuple) else (out.text_norm, out.keep)
+    assert norm.tolist() == [0] * 4 and keep.tolist() == [True] * 4
 
 
 def test_checked_forward_gives_the_bare_sample_with_norm_and_verdict(tiny_unet, tiny_batch, judge):

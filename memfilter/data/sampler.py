@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from memfilter.data.experiment import Experiment
-from memfilter.data.shards import ShardError, Shards
+from memfilter.data.shards import MAX_PIXELS, ShardError, Shards
 
 _NOISE, _TIMESTEP, _POSTERIOR, _CAPTION, _OFFSET, _CROP, _FLIP = range(7)
 
@@ -138,6 +138,9 @@ class SampleDataset(Dataset):
             return {"pixels": None, "original_size": None, "crop_top_left": None}
         key, place, flip = name
         picture = self.shards.image(key)
+        if self.view.resolution**2 * max(picture.size) > MAX_PIXELS * min(picture.size):
+            raise ShardError(f"sample {key!r}: {picture.width} x {picture.height} pixels, reduced to a shorter side of "
+                             f"{self.view.resolution}, are more than {MAX_PIXELS:,}")  # fmt: skip
         pixels, corner = to_pixels(picture, self.view.resolution, place, flip)
         return {"pixels": pixels, "original_size": (picture.height, picture.width), "crop_top_left": corner}
 

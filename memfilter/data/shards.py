@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from PIL import Image
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 IMAGE_SUFFIXES = ("png", "jpg", "jpeg", "webp")
 MAX_PIXELS = 64_000_000  # of a picture: what claims more is refused before it is decoded
@@ -49,17 +49,21 @@ class Shards:
             ShardError: nothing of that is there, a shard is not a whole tar file, or two samples share a key.
         """
         source = Path(source)
-        tars = [source] if source.is_file() else sorted(source.glob("*.tar"))
+        tars = [source] if source.is_file() else sorted(source.glob("[!.]*.tar"))
         found = (entry for path in tars for entry in _scan(path)) if tars else _list(source)
         members: dict[str, dict[str, Member]] = {}
         for key, suffix, member in found:
             if not key:  # hidden files, such as macOS leaves behind
                 continue
             place = members.setdefault(key, {})
-            if suffix in place:
-                raise ShardError(f"sample {key!r} stands twice: in {place[suffix].shard} and in {member.shard}")
+            # in a folder a.png and a.jpg are two pictures; in a shard they are two forms of one sample
+            twice = IMAGE_SUFFIXES if not tars and suffix in IMAGE_SUFFIXES else (suffix,)
+            if known := [place[s].shard for s in twice if s in place]:
+                raise ShardError(f"sample {key!r} stands twice: in {known[0]} and in {member.shard}")
             place[suffix] = member
         shards = cls(members)
+        if tars and source.is_dir() and any(_is_visible(path, IMAGE_SUFFIXES) for path in source.iterdir()):
+            raise ShardError(f"{source} holds tar files and pictures: which are meant? Move one kind elsewhere")
         if not tars and not shards.keys():
             raise ShardError(f"nothing to read: {source} is neither a tar file nor a directory with *.tar or pictures "
                              f"({', '.join(IMAGE_SUFFIXES)}) in it")  # fmt: skip
@@ -81,12 +85,13 @@ class Shards:
                 picture = Image.open(io.BytesIO(self._bytes(key, suffix)), formats=("PNG", "JPEG", "WEBP"))
             if picture.width * picture.height > MAX_PIXELS:
                 raise ValueError(f"{picture.width} x {picture.height} pixels are more than {MAX_PIXELS:,}")
-            return picture.convert("RGB")
+            return ImageOps.exif_transpose(picture).convert("RGB")
         # decoders raise much more than they say on broken files
         except Exception as error:  # noqa: BLE001
             if isinstance(error, ShardError):
                 raise
-            raise ShardError(f"sample {key!r} in {self.members[key][suffix].shard}: {error}") from error
+            reason = "this is no picture of a known kind" if isinstance(error, UnidentifiedImageError) else error
+            raise ShardError(f"sample {key!r} in {self.members[key][suffix].shard}: {reason}") from error
 
     def caption(self, key: str) -> str:
         """The caption of a sample, of `MAX_CAPTION` bytes at most; empty where it has none."""
@@ -120,7 +125,7 @@ def _scan(path: Path) -> Iterable[tuple[str, str, Member]]:
             for info in tar:
                 if info.isfile():
                     key, _, suffix = Path(info.name).name.partition(".")
-                    yield key, suffix.lower(), Member(path, info.offset_data, info.size)
+                    yield _printable(key), suffix.lower(), Member(path, info.offset_data, info.size)
             # tarfile takes a cut or broken header behind the first member for the end of the archive
             tar.fileobj.seek(tar.offset)
             if tar.fileobj.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
@@ -134,9 +139,17 @@ def _list(folder: Path) -> Iterable[tuple[str, str, Member]]:
     if not folder.is_dir():
         raise ShardError(f"nothing to read: {folder} does not exist")
     for path in sorted(folder.iterdir()):
-        suffix = path.suffix.lower().removeprefix(".")
-        if suffix in (*IMAGE_SUFFIXES, "txt", "json") and path.is_file() and not path.name.startswith("."):
-            yield path.stem, suffix, Member(path, 0, path.stat().st_size)
+        if _is_visible(path, (*IMAGE_SUFFIXES, "txt", "json")):
+            yield _printable(path.stem), path.suffix.lower()[1:], Member(path, 0, path.stat().st_size)
+
+
+def _is_visible(path: Path, suffixes: tuple[str, ...]) -> bool:
+    return path.suffix.lower()[1:] in suffixes and not path.name.startswith(".") and path.is_file()
+
+
+def _printable(key: str) -> str:
+    """Keys go into files: bytes that are no UTF-8, which Python keeps as surrogates, are written out."""
+    return key.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
 
 
 def write_shards(samples: Iterable[tuple[str, Image.Image, str, Mapping]], out: Path, per_shard: int = 1000) -> None:

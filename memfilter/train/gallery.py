@@ -46,12 +46,14 @@ def most_dropped(audit: Path, count: int) -> list[dict]:
 
 
 def _sample(dataset: SampleDataset, key: str) -> dict:
+    sample = {"caption": "", "picture": None}
     try:
-        picture = dataset.shards.image(key)
-        picture.thumbnail((THUMBNAIL, THUMBNAIL))
+        sample["caption"] = dataset.shards.caption(key)
+        sample["picture"] = dataset.shards.image(key)
+        sample["picture"].thumbnail((THUMBNAIL, THUMBNAIL))
     except ShardError:
-        picture = None
-    return {"caption": dataset.shards.caption(key), "picture": picture}
+        pass  # the page says that it cannot be read
+    return sample
 
 
 def _data_uri(picture: Image.Image | None) -> str | None:

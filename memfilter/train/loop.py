@@ -54,8 +54,7 @@ class Trainer:
     def __init__(self, config: Config):
         check(config)
         self.config, self.run_dir = config, Path(config.run_dir)
-        if self.run_dir.exists() and any(self.run_dir.iterdir()):
-            raise ConfigError(f"run_dir: {self.run_dir} is not empty; remove it or choose another")
+        _require_empty(self.run_dir)
         require_wandb(config.log)
         self.accelerator = _accelerator(config)
         shards, experiment = _open_data(config)
@@ -65,10 +64,11 @@ class Trainer:
             config.model.path, variant=config.model.variant, revision=config.model.revision
         )
         if config.model.lora_rank is not None:
-            _add_lora(pipeline.unet, config.model, _HALF.get(config.train.mixed_precision))
+            _add_lora(pipeline.unet, config.model, _HALF.get(config.train.mixed_precision), config.train.seed)
         if config.train.gradient_checkpointing:
             pipeline.unet.enable_gradient_checkpointing()
         if config.train.compile:
+            _require_backend(config.train.compile)
             pipeline.unet.compile(backend=config.train.compile)
         resolution = _resolution(config, pipeline)
         encoder = Encoder(pipeline, self.accelerator.device, memory=int(config.data.cache_gb * 2**30))
@@ -151,9 +151,9 @@ class Trainer:
             export = export_pipeline if config.model.lora_rank is None else export_lora
             trained = self.pipeline.unet.eval().float()  # LoRA's frozen base may be in half precision
             export(self.pipeline, trained, self.run_dir, summary)
+            _write_json(self.run_dir / "summary.json", summary)
             if config.log.gallery and mem_filter.active:
                 tracker.dropped(seen, write_gallery(self.run_dir, self.dataset, config.log.gallery))
-            _write_json(self.run_dir / "summary.json", summary)
             failed = False
         finally:
             bar.close()
@@ -214,6 +214,24 @@ def _accelerator(config: Config) -> Accelerator:
     return accelerator
 
 
+def _require_empty(run_dir: Path) -> None:
+    try:
+        found = run_dir.exists() and any(run_dir.iterdir())
+        parent = next(path for path in (run_dir, *run_dir.absolute().parents) if path.exists())
+    except OSError as error:
+        raise ConfigError(f"run_dir: {run_dir} cannot be a directory: {error}") from error
+    if found:
+        raise ConfigError(f"run_dir: {run_dir} is not empty; remove it or choose another")
+    if not parent.is_dir() or not os.access(parent, os.W_OK):
+        raise ConfigError(f"run_dir: {run_dir} cannot be made in {parent}")
+
+
+def _require_backend(name: str) -> None:
+    known = torch.compiler.list_backends(exclude_tags=None)
+    if name not in known:
+        raise ConfigError(f"train.compile: there is no backend {name!r}: expected one of {', '.join(known)}")
+
+
 def _open_data(config: Config) -> tuple[Shards, Experiment]:
     shards = Shards.open(config.data.path)
     index = Path(config.data.index) if config.data.index else index_beside(config.data.path)
@@ -229,7 +247,7 @@ def _open_data(config: Config) -> tuple[Shards, Experiment]:
     return shards, experiment
 
 
-def _add_lora(unet, config: ModelConfig, dtype: torch.dtype | None) -> None:
+def _add_lora(unet, config: ModelConfig, dtype: torch.dtype | None, seed: int) -> None:
     """Freezes the denoiser, in ``dtype`` where one is given, and gives it LoRA matrices in fp32 (Hu et al., 2021)."""
     from diffusers.training_utils import cast_training_params
     from peft import LoraConfig
@@ -238,12 +256,13 @@ def _add_lora(unet, config: ModelConfig, dtype: torch.dtype | None) -> None:
     unet.requires_grad_(False)
     if dtype is not None:
         unet.to(dtype)
+    lora = LoraConfig(
+        r=config.lora_rank, lora_alpha=alpha, target_modules=config.lora_targets, init_lora_weights="gaussian"
+    )
     try:
-        unet.add_adapter(
-            LoraConfig(
-                r=config.lora_rank, lora_alpha=alpha, target_modules=config.lora_targets, init_lora_weights="gaussian"
-            )
-        )
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            unet.add_adapter(lora)
     except ValueError as error:
         raise ConfigError(f"model.lora_targets: {' '.join(str(error).split())}") from error
     cast_training_params(unet, torch.float32)

@@ -2,14 +2,17 @@ import io
 import json
 import os
 import random
+import struct
 import tarfile
+import warnings
+import zlib
 
 import numpy as np
 import pytest
 import webdataset
 from PIL import Image
 
-from memfilter.data.shards import ShardError, Shards, write_shards
+from memfilter.data.shards import MAX_CAPTION, MAX_PIXELS, ShardError, Shards, write_shards
 
 
 def picture(seed: int) -> Image.Image:
@@ -128,7 +131,7 @@ def test_file_that_is_no_tar_is_an_error_that_names_it(directory, content):
 @pytest.mark.parametrize("source", ["missing", "missing.tar", "empty"])
 def test_missing_source_is_an_error_that_names_it(tmp_path, source):
     (tmp_path / "empty").mkdir()
-    with pytest.raises(ShardError, match=f"no shard found.*{source}"):
+    with pytest.raises(ShardError, match=f"nothing to read.*{source}"):
         Shards.open(tmp_path / source)
 
 
@@ -229,3 +232,114 @@ def test_reading_leaves_no_file_open(directory):
     for key in shards.keys():
         shards.image(key), shards.caption(key)
     assert len(os.listdir("/proc/self/fd")) == before
+
+
+def write_folder(path, files: dict[str, bytes]):
+    path.mkdir()
+    for name, content in files.items():
+        (path / name).write_bytes(content)
+    return path
+
+
+def test_flat_folder_is_a_source_too(tmp_path):
+    form = {"a.png": "png", "holiday 1.2.JPG": "jpeg", "é.JPEG": "jpeg", "b.webp": "webp", "alone.png": "png"}
+    files = {name: encoded(i, f) for i, (name, f) in enumerate(form.items())}
+    texts = {"a.txt": b" first\n", "holiday 1.2.TXT": "zweites Bild: schön".encode(), "é.txt": b"", "orphan.txt": b"x",
+             "b.json": b'{"number": 7}'}  # fmt: skip
+    hidden = {".hidden.png": encoded(7), "._a.png": b"x", ".DS_Store": b"x", ".png": encoded(8)}
+    other = {"notes.md": b"x", "clip.mp4": b"x", "a.png.bak": b"x", "png": b"x"}
+    folder = write_folder(tmp_path / "folder", files | texts | hidden | other)
+    (folder / "directory.png").mkdir()
+    shards = Shards.open(folder)
+    assert shards.keys() == ["a", "alone", "b", "holiday 1.2", "é"]
+    for name, content in files.items():
+        expected = np.asarray(Image.open(io.BytesIO(content)).convert("RGB"))
+        np.testing.assert_array_equal(np.asarray(shards.image(name.rpartition(".")[0])), expected)
+    captions = {key: shards.caption(key) for key in shards.keys()}
+    assert captions == {"a": "first", "alone": "", "b": "", "holiday 1.2": "zweites Bild: schön", "é": ""}
+    assert shards.facts("b") == {"number": 7} and shards.facts("a") == {}
+
+
+def test_folder_gives_what_a_tar_of_its_files_gives(tmp_path):
+    files = {f"{i}.{suffix}": content for i in range(3)
+             for suffix, content in (("png", encoded(i)), ("txt", f"caption {i}".encode()))}  # fmt: skip
+    tar = Shards.open(write_tar(tmp_path / "a.tar", list(files.items())))
+    folder = Shards.open(write_folder(tmp_path / "folder", files))
+    assert folder.keys() == tar.keys() == ["0", "1", "2"]
+    for key in tar.keys():
+        assert folder.caption(key) == tar.caption(key) and folder.image(key).tobytes() == tar.image(key).tobytes()
+
+
+def test_folder_with_one_name_twice_is_an_error_that_names_both_files(tmp_path):
+    folder = write_folder(tmp_path / "folder", {"x.png": encoded(0), "x.PNG": encoded(1)})
+    with pytest.raises(ShardError, match=r"'x' stands twice: .*x\.PNG.*x\.png"):
+        Shards.open(folder)
+
+
+@pytest.mark.parametrize("files", [{}, {"a.txt": b"x"}, {".a.png": b"x"}, {"a.gif": b"x"}])
+def test_folder_without_pictures_is_an_error_that_names_it(tmp_path, files):
+    with pytest.raises(ShardError, match=r"nothing to read: .*folder is neither.*png, jpg, jpeg, webp"):
+        Shards.open(write_folder(tmp_path / "folder", files))
+
+
+def test_picture_that_vanished_from_a_folder_is_an_error_that_names_it(tmp_path):
+    shards = Shards.open(write_folder(tmp_path / "folder", {"x.png": encoded(0)}))
+    (tmp_path / "folder" / "x.png").unlink()
+    with pytest.raises(ShardError, match=r"x\.png cannot be read"):
+        shards.image("x")
+
+
+def claimed(width: int, height: int) -> bytes:
+    """A PNG that says how large it is and breaks off where its pixels would begin."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    header = struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0)  # grey
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", b"")
+
+
+@pytest.mark.parametrize("width, height", [(8001, 8000), (1, 64_000_001), (10_000, 10_000), (20_000, 20_000)])
+def test_picture_that_claims_too_many_pixels_is_refused_before_it_is_decoded(tmp_path, width, height):
+    # Pillow itself warns from 89 million pixels on and refuses from 179 million
+    shards = Shards.open(write_tar(tmp_path / "a.tar", [("x.png", claimed(width, height))]))
+    with warnings.catch_warnings(action="error"), pytest.raises(ShardError, match=r"'x' in .*\.tar.*pixels") as caught:
+        shards.image("x")
+    if width < 20_000:
+        assert f"{width} x {height} pixels are more than 64,000,000" in str(caught.value)
+
+
+def test_picture_of_as_many_pixels_as_are_allowed_is_decoded(tmp_path):
+    assert 8000 * 8000 == MAX_PIXELS
+    shards = Shards.open(write_tar(tmp_path / "a.tar", [("x.png", claimed(8000, 8000))]))
+    with pytest.raises(ShardError, match="truncated|broken"):  # what is missing was looked for
+        shards.image("x")
+
+
+@pytest.mark.parametrize("character", ["x", "é", "→", "🐈"])
+@pytest.mark.parametrize("shift", range(4))
+def test_caption_is_cut_where_it_is_too_long_for_any_text_encoder(tmp_path, character, shift):
+    text = "s" * shift + character * 2**18
+    shards = Shards.open(write_tar(tmp_path / "a.tar", [("x.png", encoded(0)), ("x.txt", text.encode())]))
+    found = shards.caption("x").removesuffix("\ufffd")  # what is left of a character at the cut
+    assert text.startswith(found)
+    assert MAX_CAPTION - 4 < len(found.encode()) <= MAX_CAPTION
+
+
+def test_caption_of_the_longest_length_is_whole_and_another_one_is_not_run_into(tmp_path):
+    text = "x" * MAX_CAPTION
+    members = [("a.png", encoded(0)), ("a.txt", text.encode()), ("b.png", encoded(0)), ("b.txt", b"short")]
+    shards = Shards.open(write_tar(tmp_path / "a.tar", members))
+    assert shards.caption("a") == text and shards.caption("b") == "short"
+
+
+def test_caption_that_is_no_utf8_is_read_as_far_as_it_goes(tmp_path):
+    shards = Shards.open(write_tar(tmp_path / "a.tar", [("x.png", encoded(0)), ("x.txt", b"caf\xe9 au lait")]))
+    assert shards.caption("x") == "caf\ufffd au lait"
+
+
+@pytest.mark.parametrize("content", [b"", b"x" * 300, encoded(0, "gif"), encoded(0, "tiff")])
+def test_file_of_another_form_than_any_suffix_says_is_an_error_that_names_it(tmp_path, content):
+    shards = Shards.open(write_folder(tmp_path / "folder", {"x.jpg": content}))
+    with pytest.raises(ShardError, match=r"'x' in .*x\.jpg"):
+        shards.image("x")

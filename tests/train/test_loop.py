@@ -9,9 +9,10 @@ import torch
 from safetensors.torch import load_file
 
 from memfilter.config import Config, ConfigError, DataConfig, FilterConfig, LogConfig, TrainConfig
+from memfilter.data.encode import Encoder
 from memfilter.filter import EmptySteps, NonFiniteNorm
-from memfilter.train import loop
 from memfilter.pipelines import model_dir
+from memfilter.train import loop
 
 
 def run(tmp_path, scenes_dir, name="run", tau=2.5, **settings):
@@ -54,7 +55,7 @@ def test_tau_inf_ends_in_the_weights_of_a_run_without_the_extra_pass(tmp_path, s
     _, measured = run(tmp_path, scenes_dir, "measured", tau=float("inf"), mixed_precision="bf16")
     summary, plain = run(tmp_path, scenes_dir, "plain", tau=None, mixed_precision="bf16")
     assert all(torch.equal(measured[name], plain[name]) for name in plain)
-    assert "filter/seen" not in summary
+    assert (summary["filter/seen"], summary["filter/checked"], summary["filter/dropped"]) == (24, 0, 0)
     assert audit(tmp_path, "plain") == []
 
 
@@ -87,14 +88,15 @@ def test_warm_up_follows_the_samples_seen(tmp_path, scenes_dir):
 
 
 def test_not_a_number_in_a_latent_ends_the_run_naming_the_sample(tmp_path, scenes_dir, monkeypatch):
-    encode = loop.Encoder.latents
+    encode = Encoder.pictures
 
-    def broken(self, keys, pixels, *rest):
-        latents = encode(self, keys, pixels, *rest)
-        broken.key = keys[1]
-        return torch.where(torch.arange(len(keys))[:, None, None, None] == 1, torch.nan, latents)
+    def broken(self, batch, *rest):
+        latents, time_ids = encode(self, batch, *rest)
+        broken.key = batch["key"][1]
+        latents[1] = torch.nan
+        return latents, time_ids
 
-    monkeypatch.setattr(loop.Encoder, "latents", broken)
+    monkeypatch.setattr(Encoder, "pictures", broken)
     with pytest.raises(NonFiniteNorm) as error:
         run(tmp_path, scenes_dir)
     assert broken.key in str(error.value)

@@ -1,0 +1,287 @@
+"""What a YAML file or a command line may say, and how everything that is wrong is named at once."""
+
+import dataclasses
+import math
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from memfilter.config import Config, ConfigError, check, parse
+
+CONFIGS = Path(__file__).resolve().parents[1] / "configs"
+
+# setting: (values that must be refused, values that must pass), written down from what each of them means
+COUNT = ((0, -1), (1, 8))
+NATURAL = ((-1,), (0, 8))
+FACTOR = ((0.0, -1e-9, -1.0, math.inf, math.nan), (1e-9, 3.0))
+AMOUNT = ((-1e-9, -1.0, math.inf, math.nan), (0.0, 3.0))
+SHARE = ((-0.01, 1.0, 1.5, math.nan), (0.0, 0.99))
+RANGES = {
+    "model.lora_rank": COUNT,
+    "model.lora_alpha": FACTOR,
+    "data.resolution": COUNT,
+    "data.caption_dropout": SHARE,
+    "data.max_bad_share": SHARE,
+    "data.cache_gb": AMOUNT,
+    "data.workers": NATURAL,
+    "filter.tau": ((0.0, -1.0, -math.inf, math.nan), (1e-9, 4.0, math.inf)),
+    "filter.max_empty_steps": COUNT,
+    "train.samples": COUNT,
+    "train.batch_size": COUNT,
+    "train.accumulation": COUNT,
+    "train.learning_rate": FACTOR,
+    "train.warmup_samples": NATURAL,
+    "train.lr_cycles": COUNT,
+    "train.lr_power": FACTOR,
+    "train.adam_beta1": SHARE,
+    "train.adam_beta2": SHARE,
+    "train.adam_eps": FACTOR,
+    "train.weight_decay": AMOUNT,
+    "train.max_grad_norm": FACTOR,
+    "train.snr_gamma": FACTOR,
+    "train.noise_offset": AMOUNT,
+    "train.ema_half_life": AMOUNT,
+    "train.seed": NATURAL,
+    "log.every": COUNT,
+    "log.validation_every": NATURAL,
+    "log.validation_prompts": COUNT,
+    "log.validation_steps": COUNT,
+    "log.validation_guidance_scale": AMOUNT,
+    "log.gallery": NATURAL,
+}
+
+
+def refusal(what) -> list[str]:
+    """Lines of the error that parsing these arguments, or checking this configuration, ends in."""
+    with pytest.raises(ConfigError) as error:
+        check(what) if isinstance(what, Config) else parse(what)
+    return str(error.value).splitlines()
+
+
+def with_setting(name, value) -> Config:
+    config = Config()
+    config.train.samples, config.train.batch_size, config.train.lr_schedule = 8, 1, "linear"
+    section, key = name.split(".")
+    setattr(getattr(config, section), key, value)
+    return config
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.name)
+def test_shipped_file_is_read_and_its_first_line_is_the_command_for_it(path):
+    prefix, *command = shlex.split(path.read_text().splitlines()[0])
+    assert prefix == "#"
+    script = command.index("train_filtered.py")
+    assert command[:script] == ["python"] or command[:2] == ["accelerate", "launch"]
+    assert command[script + 1 : script + 3] == ["--config", f"configs/{path.name}"]
+    arguments = [argument.replace("configs/", f"{CONFIGS}/") for argument in command[script + 1 :]]
+    check(parse(arguments))
+    check(parse([f"--config={path}"]))
+
+
+def test_printed_configuration_is_read_back_as_the_same(tmp_path, capsys):
+    arguments = [
+        "--run_dir=runs/a b", "--model.lora_rank=4", '--model.lora_targets=["to_q", "off"]', "--data.resolution=24",
+        "--filter.tau=inf", "--filter.unit=rms", "--train.learning_rate=3e-5", "--train.mixed_precision=no",
+        "--train.lr_schedule=piecewise_constant", "--train.lr_rules=1:8000,0.1", "--train.snr_gamma=5",
+        "--data.random_flip=true", "--log.wandb=offline",
+    ]  # fmt: skip
+    expected = parse(arguments)
+    assert expected.model.lora_targets == ["to_q", "off"] and expected.train.lr_rules == "1:8000,0.1"
+    with pytest.raises(SystemExit) as stop:
+        parse([*arguments, "--print_config"])
+    assert stop.value.code == 0
+    printed = tmp_path / "printed.yaml"
+    printed.write_text(capsys.readouterr().out)
+    assert parse(["--config", str(printed)]) == expected != Config()
+
+
+def test_command_line_wins_over_the_file_and_the_file_over_the_default(tmp_path):
+    file = tmp_path / "a.yaml"
+    file.write_text("train:\n  samples: 80\n  batch_size: 4\n")
+    config = parse([f"--config={file}", "--train.batch_size=2"])
+    assert (config.train.samples, config.train.batch_size, config.train.accumulation) == (80, 2, 1)
+
+
+def test_everything_that_is_wrong_in_a_file_and_on_the_command_line_is_named_at_once(tmp_path):
+    file = tmp_path / "a.yaml"
+    file.write_text(
+        "filter:\n  taau: 3\n  unit: l3\ntrain:\n  samples: many\n  adam_beta1: 2\nnonsense: 1\nlog:\n  every: 0\n"
+    )
+    lines = refusal([
+        f"--config={file}", "--train.learnin_rate=1", "--train.batch_size", "x", "--data.caption_dropout=2",
+        "--filter.tau=-1", "--log.project=a b", "stray",
+    ])  # fmt: skip
+    wrong = {
+        f"{file}: filter.taau is no setting: did you mean filter.tau?",
+        f"{file}: filter.unit='l3': ",
+        f"{file}: train.samples='many': ",
+        "train.adam_beta1 must be ",
+        f"{file}: nonsense is no setting",
+        "log.every must be ",
+        "train.learnin_rate is no setting: did you mean train.learning_rate?",
+        "train.batch_size='x': ",
+        "data.caption_dropout must be ",
+        "filter.tau must be ",
+        "log.project must ",
+        "'stray' is no setting",
+    }
+    assert len(lines) == len(wrong)
+    assert {start for start in wrong for line in lines if line.startswith(start)} == wrong
+
+
+@pytest.mark.parametrize("text", ["filter:\n  tau: .inf\n", "run_dir: 2026-01-31\n", "data:\n  index: null\n"])
+def test_setting_that_is_right_is_not_complained_about_beside_one_that_is_wrong(tmp_path, text):
+    file = tmp_path / "a.yaml"
+    file.write_text(text)
+    parse([f"--config={file}"])
+    assert refusal([f"--config={file}", "--train.sampels=3"]) == [
+        "train.sampels is no setting: did you mean train.samples?"
+    ]
+
+
+@pytest.mark.parametrize("arguments", [["--filter.tau=inf"], ["--filter.tau", "inf"], ["--filter.tau=.inf"]])
+def test_infinite_tau_is_read_however_it_is_written(arguments, tmp_path):
+    assert parse(arguments).filter.tau == math.inf
+    file = tmp_path / "a.yaml"
+    file.write_text("filter:\n  tau: .inf\n")
+    assert parse([f"--config={file}"]).filter.tau == math.inf
+
+
+def test_tau_of_null_is_none(tmp_path):
+    file = tmp_path / "a.yaml"
+    file.write_text("filter:\n  tau: null\n")
+    assert parse([f"--config={file}"]).filter.tau is parse(["--filter.tau=null"]).filter.tau is None
+
+
+@pytest.mark.parametrize("tau", ["nan", ".nan", "0", "-1", "-inf", "-.inf"])
+def test_tau_that_is_no_positive_number_is_refused_with_what_to_write_instead(tau):
+    (line,) = refusal([f"--filter.tau={tau}"])
+    assert line.startswith("filter.tau must be a positive number") and "inf to measure only" in line
+
+
+def test_name_is_taken_as_it_stands_even_if_it_reads_like_a_number():
+    config = parse(["--run_dir=inf", "--data.path", "nan"])
+    assert (config.run_dir, config.data.path) == ("inf", "nan")
+
+
+def test_part_of_a_name_is_no_setting():
+    (line,) = refusal(["--filter.t=3"])
+    assert line.startswith("filter.t is no setting")
+
+
+def test_every_number_in_the_configuration_has_a_range():
+    numbers = {
+        f"{section.name}.{setting.name}"
+        for section in dataclasses.fields(Config)
+        if dataclasses.is_dataclass(section.default_factory)
+        for setting in dataclasses.fields(section.default_factory)
+        if re.match(r"(int|float)\b", setting.type)
+    }
+    assert numbers == RANGES.keys()
+
+
+@pytest.mark.parametrize("name", RANGES)
+def test_number_out_of_its_range_is_named_and_one_within_passes(name):
+    refused, allowed = RANGES[name]
+    for value in refused:
+        lines = refusal(with_setting(name, value))
+        assert any(line.startswith(f"{name} must be ") and str(value) in line for line in lines), value
+    for value in allowed:
+        check(with_setting(name, value))
+
+
+def test_values_out_of_range_are_named_all_in_one_call():
+    config = Config()
+    for name, (refused, _) in RANGES.items():
+        section, key = name.split(".")
+        setattr(getattr(config, section), key, refused[0])
+    lines = refusal(config)
+    # tau and max_empty_steps are one object's: its first complaint is enough
+    assert {line.split()[0] for line in lines} >= RANGES.keys() - {"filter.tau", "filter.max_empty_steps"}
+    assert any(line.startswith("filter.") for line in lines)
+
+
+@pytest.mark.parametrize("rules", ["0.5", "1:8,0.1", "1:80000,0.1:120000,0.01", "1e-1:8,1"])
+def test_learning_rate_rules_of_factors_and_samples_pass(rules):
+    config = Config()
+    config.train.lr_schedule, config.train.lr_rules = "piecewise_constant", rules
+    check(config)
+
+
+@pytest.mark.parametrize(
+    "rules",
+    ["", "1:8", "1:8,", ",1", "1:8;0.1", "a:8,1", "1:x,1", "1:8.5,1", "1:8:9,1", "1:-8,1", "1:8,e", "..:8,1", "-1:8,1"],
+)  # fmt: skip
+def test_learning_rate_rules_of_another_form_are_refused(rules):
+    config = Config()
+    config.train.lr_schedule, config.train.lr_rules = "piecewise_constant", rules
+    (line,) = refusal(config)
+    assert line.startswith("train.lr_rules must look like")
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (["--train.samples=30", "--train.batch_size=8"], "train.samples must be a multiple of .* = 8"),
+        (["--train.samples=8", "--train.batch_size=8", "--train.accumulation=2"], "must be a multiple of .* = 16"),
+        (["--train.warmup_samples=8"], "use train.lr_schedule=constant_with_warmup"),
+        (["--train.lr_rules=1:8,0.1"], "need each other"),
+        (["--train.lr_schedule=piecewise_constant"], "need each other"),
+        (["--model.lora_rank=4", "--model.lora_targets=[]"], "model.lora_targets must name at least one layer"),
+        (["--log.project=a/b"], "log.project must consist of"),
+    ],
+)
+def test_settings_that_do_not_go_together_are_refused(settings, message):
+    (line,) = refusal(settings)
+    assert re.search(message, line)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"run_dir: \xff\xfe\n", b"- 3\n", b"3\n", b"", b"a: [\n", b"filter: 3\n", b"filter:\n- 3\n",
+     b"model: !!python/name:os.system\n"],
+)  # fmt: skip
+def test_file_that_holds_no_settings_is_an_error_that_names_it(tmp_path, content):
+    file = tmp_path / "a.yaml"
+    file.write_bytes(content)
+    (line,) = refusal([f"--config={file}"])
+    assert str(file) in line
+
+
+@pytest.mark.parametrize("name", ["missing.yaml", "."])
+def test_file_that_cannot_be_opened_is_an_error_that_names_it(tmp_path, name):
+    (line,) = refusal([f"--config={tmp_path / name}"])
+    assert str(tmp_path) in line
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("train.samples", "1.5"), ("train.samples", "true"), ("data.random_crop", "3"),
+     ("train.optimizer", "sgd"), ("train.lr_schedule", "exponential"), ("filter.tau", "four"), ("data.path", 12),
+     ("model.lora_targets", "to_q")],
+)  # fmt: skip
+def test_value_of_another_type_is_named_in_one_line_with_where_it_stands(tmp_path, name, value):
+    section, key = name.split(".")
+    file = tmp_path / "a.yaml"
+    file.write_text(f"{section}:\n  {key}: {value}\n")
+    (line,) = refusal([f"--config={file}"])
+    assert line.startswith(f"{file}: {name}=")
+
+
+def test_null_is_refused_where_nothing_says_that_it_may_stand(tmp_path):
+    file, passed = tmp_path / "a.yaml", []
+    for section in dataclasses.fields(Config)[1:]:
+        for setting in dataclasses.fields(section.default_factory):
+            file.write_text(f"{section.name}:\n  {setting.name}: null\n")
+            try:
+                config = parse([f"--config={file}"])
+                assert getattr(getattr(config, section.name), setting.name) is None
+                passed.append(f"{section.name}.{setting.name}")
+            except ConfigError as error:
+                assert f"{section.name}.{setting.name}" in str(error)
+    assert passed == [
+        "model.variant", "model.revision", "model.lora_rank", "model.lora_alpha", "data.index", "data.resolution",
+        "filter.tau", "train.lr_rules", "train.snr_gamma", "train.compile",
+    ]  # fmt: skip
