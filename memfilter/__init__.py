@@ -8,6 +8,7 @@ _HOMES = {
     "MemFilter": "memfilter.filter",
     "FilteredUNet": "memfilter.unet",
     "FilterStats": "memfilter.stats",
+    "validate": "memfilter.preflight",
     "text_norm": "memfilter.functional",
     "keep_mask": "memfilter.functional",
     "masked_loss": "memfilter.functional",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 from pathlib import Path
@@ -54,10 +55,11 @@ def report(off: str, on: str, out: str) -> None:
 
 
 def quiet_libraries() -> None:
-    """diffusers and transformers greet every start with warnings about packages that are not needed here. Call this
-    before they are imported."""
+    """diffusers and transformers greet every start with warnings about packages that are not needed here, and so does
+    bitsandbytes, which they import. Call this before they are imported."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 
 def report_error(error: Exception) -> int:

@@ -521,3 +521,45 @@ def test_before_step_leaves_the_gradients_of_a_loss_that_is_the_callers_own(tiny
     mse_loss(unet(x, t, e).sample, target).backward()
     assert mem_filter.before_step(optimizer)
     assert all(p.grad is not None for p in unet.parameters())
+
+
+def test_facts_of_a_forward_that_failed_do_not_reach_the_next_one(tiny_unet, tiny_batch):
+    mem_filter, (latents, timesteps, embeds, _) = MemFilter(4.0), tiny_batch()
+    unet = mem_filter.wrap(tiny_unet(), null=torch.zeros(5, 16))
+    broken = latents.clone()
+    broken[1] = float("nan")
+    unet(broken, timesteps, embeds)
+    mem_filter.batch(keys=["a", "b", "c", "d"], excluded=[True] * 4)
+    with pytest.raises(NonFiniteNorm):
+        unet(latents, timesteps, embeds)
+    unet(latents, timesteps, embeds)
+    assert mem_filter.verdict.keys is None
+    assert mem_filter.verdict.checked.all()
+
+
+def test_not_a_number_is_noticed_where_the_caption_was_dropped_too(tiny_unet, tiny_batch):
+    mem_filter, (latents, timesteps, embeds, target) = MemFilter(4.0), tiny_batch()
+    unet = mem_filter.wrap(tiny_unet(), null=torch.zeros(5, 16))
+    latents[2] = float("nan")
+    mem_filter.batch(keys=["a", "b", "c", "d"], caption_dropped=[False, False, True, False])
+    mem_filter.loss(unet(latents, timesteps, embeds).sample, target).backward()
+    with pytest.raises(NonFiniteNorm, match=r"1 of 4 samples is not finite \(c\)"):
+        mem_filter.before_step(torch.optim.SGD(unet.parameters(), lr=1.0))
+
+
+def test_steps_of_excluded_samples_alone_do_not_blame_tau(tiny_unet, tiny_batch):
+    mem_filter, (latents, timesteps, embeds, target) = MemFilter(None, max_empty_steps=1), tiny_batch()
+    unet = mem_filter.wrap(tiny_unet(), null=torch.zeros(5, 16))
+    mem_filter.batch(excluded=[True] * 4)
+    mem_filter.loss(unet(latents, timesteps, embeds).sample, target).backward()
+    with pytest.raises(EmptySteps, match="all of them were excluded"):
+        mem_filter.before_step(torch.optim.SGD(unet.parameters(), lr=1.0))
+
+
+def test_filter_that_is_off_and_was_not_asked_lets_the_step_happen(tiny_unet):
+    mem_filter = MemFilter(None)
+    unet = mem_filter.wrap(tiny_unet(), null=torch.zeros(5, 16))
+    optimizer = torch.optim.SGD(unet.parameters(), lr=1.0)
+    next(unet.parameters()).grad = torch.ones_like(next(unet.parameters()))
+    assert mem_filter.before_step(optimizer)
+    assert next(unet.parameters()).grad is not None

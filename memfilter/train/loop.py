@@ -29,7 +29,7 @@ from memfilter.train.objective import Objective
 from memfilter.train.optimizer import lr_schedule, make_ema, make_optimizer
 from memfilter.train.tracking import Audit, BadSamples, Tracker, require_wandb
 from memfilter.train.validation import Validation
-from memfilter.validate import UnsuitableModel, validate
+from memfilter.preflight import UnsuitableModel, validate
 
 log = logging.getLogger(__name__)
 

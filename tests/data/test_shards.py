@@ -343,3 +343,26 @@ def test_file_of_another_form_than_any_suffix_says_is_an_error_that_names_it(tmp
     shards = Shards.open(write_folder(tmp_path / "folder", {"x.jpg": content}))
     with pytest.raises(ShardError, match=r"'x' in .*x\.jpg"):
         shards.image("x")
+
+
+def test_picture_is_shown_upright_as_its_camera_says(tmp_path):
+    picture = Image.new("RGB", (8, 4))
+    picture.getexif()[0x0112] = 6  # turned by a quarter
+    picture.save(tmp_path / "a.jpg", exif=picture.getexif())
+    assert Shards.open(tmp_path).image("a").size == (4, 8)
+
+
+def test_two_pictures_of_one_name_in_a_folder_are_refused(tmp_path):
+    for name in ("a.png", "a.jpg"):
+        Image.new("RGB", (8, 4)).save(tmp_path / name)
+    with pytest.raises(ShardError, match="'a' stands twice"):
+        Shards.open(tmp_path)
+
+
+def test_folder_of_both_tars_and_pictures_is_refused_and_hidden_tars_are_passed_over(tmp_path):
+    write_shards([("x", Image.new("RGB", (4, 4)), "x", {})], tmp_path)
+    (tmp_path / "._00000.tar").write_bytes(b"left behind")
+    assert Shards.open(tmp_path).keys() == ["x"]
+    Image.new("RGB", (8, 4)).save(tmp_path / "a.png")
+    with pytest.raises(ShardError, match="which are meant"):
+        Shards.open(tmp_path)

@@ -6,7 +6,7 @@ from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler
 from peft import LoraConfig
 from torch import nn
 
-from memfilter.validate import UnsuitableModel, validate
+from memfilter.preflight import UnsuitableModel, validate
 
 PAPER = (4, 64, 64)
 CLEAN = nn.Sequential(nn.Conv2d(4, 4, 1), nn.GroupNorm(2, 4), nn.Dropout(0.0))
@@ -98,3 +98,10 @@ def test_noise_prediction_without_signal_is_refused():
     scheduler = DDPMScheduler(rescale_betas_zero_snr=True, prediction_type="epsilon")
     (reason,) = reasons(CLEAN, scheduler=scheduler)
     assert "zero terminal SNR" in reason and "v_prediction" in reason
+
+
+def test_dropout_inside_attention_is_a_reason_too():
+    attention = nn.MultiheadAttention(8, 2, dropout=0.1)
+    with pytest.raises(UnsuitableModel, match="drop activations"):
+        validate(nn.Sequential(attention))
+    validate(nn.Sequential(nn.MultiheadAttention(8, 2)))
