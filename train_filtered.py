@@ -7,8 +7,9 @@ import sys
 
 
 def main(argv: list[str] | None = None) -> int:
+    from memfilter.arguments import parse
     from memfilter.cli import quiet_libraries, report_error
-    from memfilter.config import ConfigError, parse
+    from memfilter.config import ConfigError
 
     try:
         config = parse(sys.argv[1:] if argv is None else argv, __doc__)

@@ -258,7 +258,7 @@ class MemFilter:
 
 
 def _bools(values, count: int, device, name: str) -> Tensor:
-    tensor = torch.as_tensor(values, dtype=torch.bool, device=device)
+    tensor = torch.as_tensor(values, dtype=torch.bool).to(device, non_blocking=True)  # or the host would wait
     if tensor.shape != (count,):
         raise ValueError(f"MemFilter.batch({name}=...) must have one entry for each of the {count} samples, "
                          f"found shape {tuple(tensor.shape)}")  # fmt: skip

@@ -69,6 +69,27 @@ def load_pipeline(
     return pipeline
 
 
+def add_lora(unet, rank: int, alpha: float, targets: list[str], dtype: torch.dtype, seed: int) -> None:
+    """Freezes the denoiser, in ``dtype``, and gives it LoRA matrices in fp32 that are to be trained (Hu et al., "LoRA:
+    Low-Rank Adaptation of Large Language Models", ICLR 2022).
+
+    Raises:
+        ModelError: it has no layers of these names.
+    """
+    from diffusers.training_utils import cast_training_params
+    from peft import LoraConfig
+
+    unet.requires_grad_(False).to(dtype)
+    lora = LoraConfig(r=rank, lora_alpha=alpha, target_modules=targets, init_lora_weights="gaussian")
+    try:
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            unet.add_adapter(lora)
+    except ValueError as error:
+        raise ModelError(f"model.lora_targets: {' '.join(str(error).split())}") from error
+    cast_training_params(unet, torch.float32)
+
+
 def load_trained(run_dir: Path):
     """The pipeline that a finished run has exported: the whole, or its base with the LoRA weights in it.
 

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from memfilter.config import Config, ConfigError, check, parse
+from memfilter.arguments import parse
+from memfilter.config import Config, ConfigError, check
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 

@@ -563,3 +563,21 @@ def test_filter_that_is_off_and_was_not_asked_lets_the_step_happen(tiny_unet):
     next(unet.parameters()).grad = torch.ones_like(next(unet.parameters()))
     assert mem_filter.before_step(optimizer)
     assert next(unet.parameters()).grad is not None
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_forward_and_loss_never_wait_for_the_device(tiny_unet, tiny_batch):
+    latents, timesteps, embeds, target = (tensor.cuda() for tensor in tiny_batch())
+    mem_filter = MemFilter(4.0)
+    unet = mem_filter.wrap(tiny_unet().cuda(), null=torch.zeros(5, 16, device="cuda"))
+    optimizer = torch.optim.SGD(unet.parameters(), lr=1e-3)
+    try:
+        for step in range(3):
+            torch.cuda.set_sync_debug_mode("error" if step else "default")  # the first one moves the counters
+            mem_filter.batch(duplicate=[True, False, True, False], excluded=[False] * 4)
+            mem_filter.loss(unet(latents, timesteps, embeds).sample, target).backward()
+            mem_filter.before_step(optimizer)
+            optimizer.step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")

@@ -52,15 +52,16 @@ class Encoder:
         """
 
         def encode(rows: list[int]) -> tuple[Tensor, ...]:
-            pixels = torch.stack([batch["pixels"][row] for row in rows]).to(self.device, self.vae.dtype)
+            pixels = torch.stack([batch["pixels"][row] for row in rows])
+            pixels = pixels.to(self.device, self.vae.dtype, non_blocking=True)
             posterior = self.vae.encode(pixels).latent_dist
             facts = [(*batch["original_size"][r], *batch["crop_top_left"][r], *pixels.shape[-2:]) for r in rows]
-            time_ids = torch.tensor(facts, dtype=torch.float32, device=self.device)
+            time_ids = torch.tensor(facts, dtype=torch.float32).to(self.device, non_blocking=True)
             return torch.stack([posterior.mean, posterior.std], 1).float(), time_ids  # [b, 2, C, h, w], [b, 6]
 
         posteriors, time_ids = self._look_up(self._pictures, batch["view"], encode, remember)
         mean, std = posteriors.unbind(1)
-        return (mean + std * draw.to(self.device)) * self.vae.config.scaling_factor, time_ids
+        return (mean + std * draw.to(self.device, non_blocking=True)) * self.vae.config.scaling_factor, time_ids
 
     @torch.no_grad()
     def prompts(

@@ -12,19 +12,15 @@ from pathlib import Path
 
 import jinja2
 import numpy as np
-import plotly.graph_objects as go
 import pyarrow.parquet as pq
 from markupsafe import Markup
 from PIL import Image
 from plotly.offline import get_plotlyjs
 
+from memfilter.eval.charts import GROUPS, as_html, by_timestep, drop_rate_chart, norm_chart
+
 FILES = ("metrics.jsonl", "audit.parquet", "summary.json", "evaluation.json", "evaluation.npz")
-GROUPS = ("duplicates", "distinct")
-BIN = 100  # timesteps
-# both read well on white and on black, and the colour-blind tell them apart
-COLOURS = {"duplicates": "#e8590c", "distinct": "#3b8ad9"}
-SYMBOLS = {"duplicates": "circle", "distinct": "diamond"}
-INERT = {"data.workers", "train.gradient_checkpointing"}  # may differ without changing what is learned
+INERT = {"data.workers", "data.cache_gb", "train.gradient_checkpointing", "train.compile"}  # may differ without changing what is learned
 
 FIGURES = {
     "memorization_rate": ("Memorization rate", "Share of generations that count as copies."),
@@ -160,11 +156,11 @@ def _render(off: Run, on: Run) -> str:
     )
     prompts = off.evaluation["prompts"]
     counts = {group: sum(p["duplicate"] == (group == "duplicates") for p in prompts) for group in GROUPS}
-    panels = {"off": _by_timestep(off), "on": _by_timestep(on)}
+    panels = {name: by_timestep(run.audit, run.summary["samples"]) for name, run in (("off", off), ("on", on))}
     # one scale, or the two charts cannot be compared by eye
     highest = max([on.tau, *(row[3] for panel in panels.values() for rows in panel.values() for row in rows)])
     unit = on.filter.get("unit", "l2")
-    norms = {name: _norm_chart(panel, on.tau, highest * 1.08, unit) if panel else None
+    norms = {name: norm_chart(panel, on.tau, highest * 1.08, unit) if panel else None
              for name, panel in panels.items()}  # fmt: skip
     return environment.get_template("report.html.jinja").render(
         off=off,
@@ -176,8 +172,8 @@ def _render(off: Run, on: Run) -> str:
         table=_table(off, on),
         rows=_gallery(off, on),
         plotlyjs=Markup(get_plotlyjs()),
-        drop_rates=_html(_drop_rate_chart(on.metrics), "drop-rates"),
-        norms={name: chart and _html(chart, f"norms-{name}") for name, chart in norms.items()},
+        drop_rates=as_html(drop_rate_chart(on.metrics), "drop-rates"),
+        norms={name: chart and as_html(chart, f"norms-{name}") for name, chart in norms.items()},
     )
 
 
@@ -224,92 +220,3 @@ def _png(pixels: np.ndarray) -> str:
     file = BytesIO()
     Image.fromarray(pixels).save(file, "PNG", optimize=True)
     return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
-
-
-def _by_timestep(run: Run) -> dict[str, list[tuple[int, float, float, float, int]]]:
-    """Group -> rows of (bin, 10% quantile, median, 90% quantile, samples) over the last half of the run."""
-    late = run.audit["position"] >= run.summary["samples"] / 2
-    duplicate, norm = run.audit["duplicate"][late], run.audit["text_norm"][late]
-    bins = run.audit["timestep"][late] // BIN
-    panel = {}
-    for group in GROUPS:
-        inside = duplicate == (group == "duplicates")
-        rows = [(int(b), *np.quantile(norm[inside & (bins == b)], (0.1, 0.5, 0.9)).tolist(),
-                 int((inside & (bins == b)).sum())) for b in np.unique(bins[inside])]  # fmt: skip
-        if rows:
-            panel[group] = rows
-    return panel
-
-
-def _norm_chart(panel: dict, tau: float, top: float, unit: str) -> go.Figure:
-    figure = _figure("timestep", f"text norm ({unit})")
-    for group, rows in panel.items():
-        bins, low, median, high, count = (list(column) for column in zip(*rows, strict=True))
-        x = [(b + 0.5) * BIN for b in bins]
-        edge = {"mode": "lines", "line": {"width": 0}, "hoverinfo": "skip", "showlegend": False, "legendgroup": group}
-        band = f"rgba({', '.join(str(int(COLOURS[group][i : i + 2], 16)) for i in (1, 3, 5))}, 0.22)"
-        figure.add_scatter(x=x, y=high, **edge)
-        figure.add_scatter(x=x, y=low, fill="tonexty", fillcolor=band, **edge)
-        figure.add_scatter(
-            x=x,
-            y=median,
-            name=group,
-            legendgroup=group,
-            zorder=1,  # above the other group's band
-            customdata=[(b * BIN, (b + 1) * BIN - 1, *rest) for b, *rest in zip(bins, low, high, count, strict=True)],
-            hovertemplate="timesteps %{customdata[0]} to %{customdata[1]}<br>median %{y:.2f}, 10–90%: "
-            "%{customdata[2]:.2f} to %{customdata[3]:.2f}<br>%{customdata[4]} samples",
-            **_line(group),
-        )
-    figure.add_hline(
-        tau, line={"dash": "dash", "width": 1.5, "color": "#888"}, annotation_text=f"tau = {tau:g}",
-        annotation_position="top right",
-    )  # fmt: skip
-    figure.update_xaxes(range=[0, BIN * (1 + max(rows[-1][0] for rows in panel.values()))])
-    figure.update_yaxes(range=[0, top])
-    return figure
-
-
-def _drop_rate_chart(metrics: list[dict]) -> go.Figure:
-    figure = _figure("samples seen", "drop rate")
-    for group in GROUPS:
-        figure.add_scatter(
-            x=[line["samples"] for line in metrics],
-            y=[line.get(f"filter/drop_rate_{group}") for line in metrics],
-            name=group,
-            hovertemplate="%{y:.1%} up to sample %{x:,}",
-            **_line(group),
-        )
-    figure.update_xaxes(tickformat=",d", rangemode="tozero")
-    figure.update_yaxes(tickformat=".0%", rangemode="tozero")
-    return figure
-
-
-def _line(group: str) -> dict:
-    colour = COLOURS[group]
-    return {
-        "mode": "lines+markers",
-        "line": {"color": colour, "width": 2},
-        "marker": {"symbol": SYMBOLS[group], "size": 7, "color": colour},
-    }
-
-
-def _figure(x: str, y: str) -> go.Figure:
-    # backgrounds are left to the page, which knows light from dark
-    return go.Figure(
-        layout={
-            "template": "none",
-            "paper_bgcolor": "rgba(0,0,0,0)",
-            "plot_bgcolor": "rgba(0,0,0,0)",
-            "margin": {"l": 60, "r": 20, "t": 40, "b": 50},
-            "legend": {"orientation": "h", "x": 0, "y": 1.02, "yanchor": "bottom"},
-            "xaxis": {"title": {"text": x}, "zeroline": False, "fixedrange": True},
-            "yaxis": {"title": {"text": y}, "zeroline": False, "fixedrange": True},
-            "font": {"family": "system-ui, sans-serif", "size": 13},
-        }
-    )
-
-
-def _html(figure: go.Figure, name: str) -> Markup:
-    config = {"displayModeBar": False, "responsive": True}
-    return Markup(figure.to_html(config, full_html=False, include_plotlyjs=False, default_height="340px", div_id=name))

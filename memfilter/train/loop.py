@@ -17,12 +17,12 @@ from diffusers import DDPMScheduler
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from memfilter.config import Config, ConfigError, ModelConfig, check, make_filter
+from memfilter.config import Config, ConfigError, check, make_filter
 from memfilter.data.encode import Encoder
 from memfilter.data.experiment import Experiment, index_beside
 from memfilter.data.sampler import SampleDataset, SampleStream, View, collate
 from memfilter.data.shards import Shards
-from memfilter.pipelines import ModelError, load_pipeline
+from memfilter.pipelines import ModelError, add_lora, load_pipeline
 from memfilter.train.export import export_lora, export_pipeline
 from memfilter.train.gallery import write_gallery
 from memfilter.train.objective import Objective
@@ -64,7 +64,9 @@ class Trainer:
             config.model.path, variant=config.model.variant, revision=config.model.revision
         )
         if config.model.lora_rank is not None:
-            _add_lora(pipeline.unet, config.model, _HALF.get(config.train.mixed_precision), config.train.seed)
+            alpha = config.model.lora_rank if config.model.lora_alpha is None else config.model.lora_alpha
+            dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(config.train.mixed_precision, torch.float32)
+            add_lora(pipeline.unet, config.model.lora_rank, alpha, config.model.lora_targets, dtype, config.train.seed)
         if config.train.gradient_checkpointing:
             pipeline.unet.enable_gradient_checkpointing()
         if config.train.compile:
@@ -136,7 +138,8 @@ class Trainer:
                     tracker.log(seen, metrics, mem_filter.histograms(accelerator))
                     audit.flush()
                     bar.set_postfix_str(_summary_line(metrics))
-                    losses.clear(), kept.clear()
+                    losses.clear()
+                    kept.clear()
                 if config.log.validation_every and _crosses(config.log.validation_every, before, seen):
                     with self.averaged(), accelerator.autocast():
                         tracker.images(seen, "validation", validation.run(seen))
@@ -199,9 +202,6 @@ class Trainer:
             self.pipeline.unet.train()
 
 
-_HALF = {"fp16": torch.float16, "bf16": torch.bfloat16}
-
-
 def _accelerator(config: Config) -> Accelerator:
     accelerator = Accelerator(
         mixed_precision=config.train.mixed_precision, gradient_accumulation_steps=config.train.accumulation
@@ -245,27 +245,6 @@ def _open_data(config: Config) -> tuple[Shards, Experiment]:
     if not len(experiment.keys):
         raise ConfigError(f"data.path: {config.data.path} has no sample to train on")
     return shards, experiment
-
-
-def _add_lora(unet, config: ModelConfig, dtype: torch.dtype | None, seed: int) -> None:
-    """Freezes the denoiser, in ``dtype`` where one is given, and gives it LoRA matrices in fp32 (Hu et al., 2021)."""
-    from diffusers.training_utils import cast_training_params
-    from peft import LoraConfig
-
-    alpha = config.lora_rank if config.lora_alpha is None else config.lora_alpha
-    unet.requires_grad_(False)
-    if dtype is not None:
-        unet.to(dtype)
-    lora = LoraConfig(
-        r=config.lora_rank, lora_alpha=alpha, target_modules=config.lora_targets, init_lora_weights="gaussian"
-    )
-    try:
-        with torch.random.fork_rng():
-            torch.manual_seed(seed)
-            unet.add_adapter(lora)
-    except ValueError as error:
-        raise ConfigError(f"model.lora_targets: {' '.join(str(error).split())}") from error
-    cast_training_params(unet, torch.float32)
 
 
 def _resolution(config: Config, pipeline) -> int:

@@ -38,14 +38,14 @@ class Objective:
         """Loss of a batch of `SampleDataset`, a scalar."""
         positions, seed, repeats = batch["position"], self.seed, batch["repeats"]
 
-        # noisy latents
+        # noisy latents; copies to the device are asynchronous, or each would wait for all that is queued there
         draw = torch.stack([sampler.posterior_noise(seed, p, self.latent_shape) for p in positions])
         remember = [again and self.remember_pictures for again in repeats]
         latents, time_ids = self.encoder.pictures(batch, draw, remember)
-        noise = torch.stack([self.noise(p) for p in positions]).to(latents)
+        noise = torch.stack([self.noise(p) for p in positions]).to(latents, non_blocking=True)
         num_train_timesteps = self.noise_scheduler.config.num_train_timesteps
-        timesteps = [sampler.timestep(seed, p, num_train_timesteps) for p in positions]
-        timesteps = torch.tensor(timesteps, device=latents.device)
+        timesteps = torch.tensor([sampler.timestep(seed, p, num_train_timesteps) for p in positions])
+        timesteps = timesteps.to(latents.device, non_blocking=True)
         noisy_latents = self.noise_scheduler.add_noise(latents, noise, timesteps)
 
         # prompts

@@ -12,7 +12,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from memfilter.eval.report import ReportError, Run, _by_timestep, _norm_chart, write_report
+from memfilter.eval.charts import by_timestep, norm_chart
+from memfilter.eval.report import ReportError, Run, write_report
 
 SEEDS, SAMPLES, CHROMIUM = 4, 400, shutil.which("chromium")
 PROMPTS = [
@@ -156,7 +157,7 @@ def test_gallery_shows_duplicates_first_and_marks_copies_with_words(page):
 
 def test_norms_are_those_of_the_last_half_of_the_run(runs):
     run = Run.read(runs[0])
-    panel = _by_timestep(run)
+    panel = by_timestep(run.audit, run.summary["samples"])
     table = pq.read_table(runs[0] / "audit.parquet").to_pydict()
     late = [i for i in range(SAMPLES // 2, SAMPLES)]
     for group, duplicate in (("duplicates", True), ("distinct", False)):
@@ -171,7 +172,8 @@ def test_norms_are_those_of_the_last_half_of_the_run(runs):
 
 def test_tau_is_a_horizontal_line_in_both_norm_charts(runs):
     for directory in runs:
-        (line,) = _norm_chart(_by_timestep(Run.read(directory)), 4.0, 8.0, "l2").layout.shapes
+        run = Run.read(directory)
+        (line,) = norm_chart(by_timestep(run.audit, run.summary["samples"]), 4.0, 8.0, "l2").layout.shapes
         assert (line.y0, line.y1, line.yref, line.line.dash) == (4.0, 4.0, "y", "dash")
 
 

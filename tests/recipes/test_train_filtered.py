@@ -12,7 +12,7 @@ import pytest
 from diffusers import StableDiffusionPipeline
 from huggingface_hub import ModelCard
 
-from memfilter.config import parse
+from memfilter.arguments import parse
 
 ROOT = Path(__file__).resolve().parents[2]
 SETTINGS = (

@@ -1,0 +1,120 @@
+"""From a command line and YAML files to a `Config`: strict, and with all that is wrong at once."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import re
+from argparse import ArgumentError
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import yaml
+
+from memfilter.config import Config, ConfigError, check, settings_of
+
+
+def parse(argv: list[str], description: str = "") -> Config:
+    """The configuration that a command line asks for; ``--help`` and ``--print_config`` print and exit.
+
+    Raises:
+        ConfigError: with every setting that is unknown, of the wrong type or out of range.
+    """
+    from jsonargparse import ArgumentParser
+
+    parser = ArgumentParser(description=description, default_env=False, exit_on_error=False, allow_abbrev=False)
+    parser.add_argument("--config", action="config", help="YAML file with any of the settings below")
+    parser.add_class_arguments(Config, as_group=False)
+
+    def build(arguments: list[str]) -> Config:
+        parsed = parser.parse_args(arguments)
+        parsed.pop("config", None)
+        return Config(**vars(parser.instantiate(parsed)))
+
+    try:
+        config, errors = build(list(_with_infinities(argv))), []
+    except _UNREADABLE:
+        # the parser stops at the first; what can be read is checked all the same
+        good, errors = _sort_out(argv, build)
+        config = build(good)
+    try:
+        check(config)
+    except ConfigError as error:
+        errors += str(error).splitlines()
+    if errors:
+        raise ConfigError("\n".join(errors))
+    return config
+
+
+# jsonargparse raises an ArgumentError, and what it meets in broken files as it comes; ArgumentError is an Exception only
+_UNREADABLE = (ArgumentError, TypeError, ValueError, OSError)
+_NUMBERS = {f"{section}.{setting.name}" for section, setting in settings_of(Config) if "float" in setting.type}
+_INFINITIES = {"inf": ".inf", "-inf": "-.inf", "nan": ".nan"}
+
+
+def _with_infinities(argv: list[str]) -> Iterator[str]:
+    """YAML's infinity is .inf; people and sweeps write inf."""
+    name = ""
+    for word in argv:
+        before, (name, given, value) = name, word.removeprefix("--").partition("=")
+        if before in _NUMBERS and word in _INFINITIES:
+            yield _INFINITIES[word]
+        elif name in _NUMBERS and value in _INFINITIES:
+            yield f"--{name}={_INFINITIES[value]}"
+        else:
+            yield word
+
+
+def _sort_out(argv: list[str], build: Callable[[list[str]], Config]) -> tuple[list[str], list[str]]:
+    """Tries every setting by itself: (arguments that can be read, what is wrong with the others)."""
+    known = {"run_dir": "str"} | {f"{section}.{setting.name}": setting.type for section, setting in settings_of(Config)}
+    good, errors = [], []
+    for name, value, where in _settings(argv, errors):
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            errors.append(f"{where}{name} is no setting" + (f": did you mean {near[0]}?" if near else ", see --help"))
+            continue
+        if known[name].startswith("str") and isinstance(value, bool | int | float | list):
+            errors.append(f"{where}{name}={value!r}: expected text, so write it in quotes")
+            continue
+        plain = value if isinstance(value, str) else json.dumps(value, default=str).replace("Infinity", "inf")
+        argument = next(_with_infinities([f"--{name}={plain.replace('NaN', 'nan')}"]))
+        try:
+            build([argument])
+            good.append(argument)
+        except _UNREADABLE as error:
+            reason = re.sub(r'^Parser key "[^"]*": ', "", " ".join(str(error).split()).split(" Given value")[0])
+            errors.append(f"{where}{name}={value!r}: {reason}")
+    return good, errors
+
+
+def _settings(argv: list[str], errors: list[str]) -> Iterator[tuple[str, object, str]]:
+    """(name, value, where it stands) of every setting in the files and on the command line."""
+    words = iter(argv)
+    for word in words:
+        name, given, value = word.removeprefix("--").partition("=")
+        if not word.startswith("--"):
+            errors.append(f"{word!r} is no setting: settings look like --filter.tau=4")
+            continue
+        value = value if given else next(words, "")
+        if name != "config":
+            yield name, value, ""
+            continue
+        try:
+            content = yaml.safe_load(Path(value).read_text())
+        except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
+            errors.append(f"--config {value}: {' '.join(str(error).split())}")
+            continue
+        if not isinstance(content, dict):
+            errors.append(f"--config {value}: expected settings, found {type(content).__name__}")
+            continue
+        for leaf, setting in _leaves(content):
+            yield leaf, setting, f"{value}: "
+
+
+def _leaves(tree: dict, prefix: str = "") -> Iterator[tuple[str, object]]:
+    for name, value in tree.items():
+        if isinstance(value, dict):
+            yield from _leaves(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value
