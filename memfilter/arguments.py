@@ -7,6 +7,7 @@ import json
 import re
 from argparse import ArgumentError
 from collections.abc import Callable, Iterator
+from dataclasses import asdict
 from pathlib import Path
 
 import yaml
@@ -26,6 +27,9 @@ def parse(argv: list[str], description: str = "") -> Config:
     parser.add_argument("--config", action="config", help="YAML file with any of the settings below")
     parser.add_class_arguments(Config, as_group=False)
 
+    printing = any(word.startswith("--print_config") for word in argv)
+    argv = [word for word in argv if not word.startswith("--print_config")]
+
     def build(arguments: list[str]) -> Config:
         parsed = parser.parse_args(arguments)
         parsed.pop("config", None)
@@ -43,6 +47,9 @@ def parse(argv: list[str], description: str = "") -> Config:
         errors += str(error).splitlines()
     if errors:
         raise ConfigError("\n".join(errors))
+    if printing:
+        print(yaml.safe_dump(asdict(config), sort_keys=False), end="")
+        raise SystemExit(0)
     return config
 
 
@@ -70,11 +77,12 @@ def _sort_out(argv: list[str], build: Callable[[list[str]], Config]) -> tuple[li
     known = {"run_dir": "str"} | {f"{section}.{setting.name}": setting.type for section, setting in settings_of(Config)}
     good, errors = [], []
     for name, value, where in _settings(argv, errors):
-        if name not in known:
+        kind = known.get(name.removesuffix("+"))  # --model.lora_targets+=x adds to a list
+        if kind is None:
             near = difflib.get_close_matches(name, known, n=1)
             errors.append(f"{where}{name} is no setting" + (f": did you mean {near[0]}?" if near else ", see --help"))
             continue
-        if known[name].startswith("str") and isinstance(value, bool | int | float | list):
+        if kind.startswith("str") and isinstance(value, bool | int | float | list):
             errors.append(f"{where}{name}={value!r}: expected text, so write it in quotes")
             continue
         plain = value if isinstance(value, str) else json.dumps(value, default=str).replace("Infinity", "inf")
@@ -84,19 +92,23 @@ def _sort_out(argv: list[str], build: Callable[[list[str]], Config]) -> tuple[li
             good.append(argument)
         except _UNREADABLE as error:
             reason = re.sub(r'^Parser key "[^"]*": ', "", " ".join(str(error).split()).split(" Given value")[0])
+            if reason.startswith("Does not validate against any"):
+                reason = f"expected {kind.replace(' | ', ' or ').replace('None', 'null')}"
             errors.append(f"{where}{name}={value!r}: {reason}")
     return good, errors
 
 
 def _settings(argv: list[str], errors: list[str]) -> Iterator[tuple[str, object, str]]:
     """(name, value, where it stands) of every setting in the files and on the command line."""
-    words = iter(argv)
-    for word in words:
+    words = list(argv)
+    while words:
+        word = words.pop(0)
         name, given, value = word.removeprefix("--").partition("=")
         if not word.startswith("--"):
             errors.append(f"{word!r} is no setting: settings look like --filter.tau=4")
             continue
-        value = value if given else next(words, "")
+        if not given:
+            value = words.pop(0) if words and not words[0].startswith("--") else ""
         if name != "config":
             yield name, value, ""
             continue

@@ -10,7 +10,9 @@ from dataclasses import MISSING, Field, dataclass, field, fields
 from typing import Literal
 
 
-LR_SCHEDULES = ("constant", "constant_with_warmup", "piecewise_constant", "linear", "cosine", "cosine_with_restarts", "polynomial")
+LRSchedule = Literal[
+    "constant", "constant_with_warmup", "piecewise_constant", "linear", "cosine", "cosine_with_restarts", "polynomial"
+]  # fmt: skip
 
 
 @dataclass
@@ -48,7 +50,8 @@ class DataConfig:
             made for.
         random_crop: the square lies at random; else in the centre.
         random_flip: mirrors every second picture, at random.
-        caption_dropout: share of samples that are shown with the empty caption (classifier-free guidance).
+        caption_dropout: share of samples that are shown with the empty caption (classifier-free guidance). It works
+            against the filter: the null prediction then learns the duplicates too.
         max_bad_share: more unreadable samples than this share of train.samples end the run.
         cache_gb: memory on the device for encodings of pictures and captions that come again.
         workers: processes that read and decode ahead; 0 reads in the main process, and only what is not in the cache.
@@ -59,7 +62,7 @@ class DataConfig:
     resolution: int | None = None
     random_crop: bool = False
     random_flip: bool = False
-    caption_dropout: float = 0.1
+    caption_dropout: float = 0.0
     max_bad_share: float = 0.01
     cache_gb: float = 1.0
     workers: int = 0
@@ -117,7 +120,7 @@ class TrainConfig:
     accumulation: int = 1
     optimizer: Literal["adamw", "adamw_8bit"] = "adamw"
     learning_rate: float = 1e-5
-    lr_schedule: Literal[LR_SCHEDULES] = "constant"
+    lr_schedule: LRSchedule = "constant"
     warmup_samples: int = 0
     lr_cycles: int = 1
     lr_power: float = 1.0

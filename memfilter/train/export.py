@@ -65,20 +65,24 @@ def model_card(summary: dict, lora: bool) -> ModelCard:
         base_model=base if is_hub_id(base) else None,
         tags=["memfilter", "text-to-image", "diffusers", *(["lora"] if lora else [])],
     )
-    shown = {
-        section: {name: Path(value).name if name in ("path", "index") and value else value for name, value in part.items()}
-        for section, part in config.items()
-        if isinstance(part, dict)
-    }
-    versions = {"memfilter": memfilter.__version__} | {name: version(name) for name in VERSIONS}
+    shown = {section: dict(part) for section, part in config.items() if isinstance(part, dict)}
+    shown["model"]["path"] = _model_name(base)
+    for name in ("path", "index"):
+        shown["data"][name] = shown["data"][name] and Path(shown["data"][name]).resolve().name
+    packages = [*VERSIONS, *(["bitsandbytes"] if config.get("train", {}).get("optimizer") == "adamw_8bit" else [])]
+    versions = {"memfilter": memfilter.__version__} | {name: version(name) for name in packages}
     return ModelCard.from_template(
         data,
         template_path=str(files("memfilter") / "train" / "model_card.md.jinja"),
-        base=base if is_hub_id(base) else Path(base).name,
+        base=_model_name(base),
         lora=lora,
         summary=summary,
         filter=config["filter"],
-        data_name=Path(config["data"]["path"]).name,
+        data_name=shown["data"]["path"],
         settings=yaml.safe_dump(shown, sort_keys=False),
         versions=versions,
     )
+
+
+def _model_name(path: str) -> str:
+    return path if is_hub_id(path) else Path(path).resolve().name

@@ -23,13 +23,13 @@ from memfilter.data.experiment import Experiment, index_beside
 from memfilter.data.sampler import SampleDataset, SampleStream, View, collate
 from memfilter.data.shards import Shards
 from memfilter.pipelines import ModelError, add_lora, load_pipeline
+from memfilter.preflight import UnsuitableModel, validate
 from memfilter.train.export import export_lora, export_pipeline
 from memfilter.train.gallery import write_gallery
 from memfilter.train.objective import Objective
 from memfilter.train.optimizer import lr_schedule, make_ema, make_optimizer
 from memfilter.train.tracking import Audit, BadSamples, Tracker, require_wandb
 from memfilter.train.validation import Validation
-from memfilter.preflight import UnsuitableModel, validate
 
 log = logging.getLogger(__name__)
 
@@ -77,7 +77,10 @@ class Trainer:
         noise_scheduler = DDPMScheduler.from_config(pipeline.scheduler.config)
         self.mem_filter = make_filter(config.filter)
         _validate(config, pipeline, noise_scheduler, resolution)
-        wrapped = self.mem_filter.wrap(pipeline.unet.train(), null=encoder.null, scheduler=noise_scheduler)
+        try:
+            wrapped = self.mem_filter.wrap(pipeline.unet.train(), null=encoder.null, scheduler=noise_scheduler)
+        except ValueError as error:
+            raise ModelError(f"model.path: {error}") from error
         self.trained = [p for p in wrapped.parameters() if p.requires_grad]
 
         # data
@@ -87,7 +90,7 @@ class Trainer:
             SampleStream(experiment.virtual(), config.train.seed),
             View(resolution, config.data.random_crop, config.data.random_flip),
             config.train.samples,
-            encoder.remembered,
+            encoder.remembered if config.data.workers == 0 else frozenset(),
         )
 
         # optimizer
@@ -106,9 +109,14 @@ class Trainer:
         tracker = Tracker(self.run_dir, config.log, asdict(config))
         audit = Audit(self.run_dir / "audit.parquet")
         bad_samples = BadSamples(self.run_dir / "bad_samples.jsonl", config.data.max_bad_share * config.train.samples)
-        validation = Validation(config.log, self.pipeline, self.dataset, self.run_dir / "validation")
+        # guidance doubles the rows of a picture
+        together = max(1, config.train.batch_size // 2)
+        validation = Validation(
+            config.log, self.pipeline, self.unet, self.dataset, self.run_dir / "validation", together
+        )
         bar = tqdm(total=config.train.samples, unit="sample", disable=not progress, desc=self.run_dir.name, mininterval=1)
-        losses, kept, seen, started, failed = [], [], 0, time.perf_counter(), True
+        losses, kept, seen, failed = [], [], 0, True
+        started = reported = time.perf_counter()
         try:
             for batch in self.loader():
                 before, size = seen, len(batch["position"])
@@ -134,15 +142,18 @@ class Trainer:
                     mean = (torch.stack(losses).sum() / torch.stack(kept).sum().clamp(min=1)).item()
                     metrics = {"loss": mean, "lr": self.lr_at(seen - 1), "skipped_steps": self.skipped_steps}
                     metrics |= mem_filter.metrics(accelerator)
-                    metrics["samples_per_second"] = seen / (time.perf_counter() - started)
+                    metrics["samples_per_second"] = size * len(losses) / (time.perf_counter() - reported)
                     tracker.log(seen, metrics, mem_filter.histograms(accelerator))
                     audit.flush()
                     bar.set_postfix_str(_summary_line(metrics))
                     losses.clear()
                     kept.clear()
+                    reported = time.perf_counter()
                 if config.log.validation_every and _crosses(config.log.validation_every, before, seen):
-                    with self.averaged(), accelerator.autocast():
+                    began = time.perf_counter()
+                    with self.averaged():
                         tracker.images(seen, "validation", validation.run(seen))
+                    reported += time.perf_counter() - began
 
             # export
             seconds = time.perf_counter() - started
@@ -152,8 +163,7 @@ class Trainer:
             if self.ema:
                 self.ema.copy_to(self.trained)
             export = export_pipeline if config.model.lora_rank is None else export_lora
-            trained = self.pipeline.unet.eval().float()  # LoRA's frozen base may be in half precision
-            export(self.pipeline, trained, self.run_dir, summary)
+            export(self.pipeline, self.pipeline.unet.eval(), self.run_dir, summary)
             _write_json(self.run_dir / "summary.json", summary)
             if config.log.gallery and mem_filter.active:
                 tracker.dropped(seen, write_gallery(self.run_dir, self.dataset, config.log.gallery))

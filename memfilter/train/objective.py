@@ -38,7 +38,7 @@ class Objective:
         """Loss of a batch of `SampleDataset`, a scalar."""
         positions, seed, repeats = batch["position"], self.seed, batch["repeats"]
 
-        # noisy latents; copies to the device are asynchronous, or each would wait for all that is queued there
+        # noisy latents; these copies to the device are asynchronous, or each would wait for all that is queued there
         draw = torch.stack([sampler.posterior_noise(seed, p, self.latent_shape) for p in positions])
         remember = [again and self.remember_pictures for again in repeats]
         latents, time_ids = self.encoder.pictures(batch, draw, remember)

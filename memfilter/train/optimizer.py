@@ -23,7 +23,7 @@ def make_optimizer(parameters: Iterable[torch.nn.Parameter], config: TrainConfig
             from bitsandbytes.optim import AdamW8bit as kind
         except ImportError as error:
             raise ConfigError(f"train.optimizer=adamw_8bit needs bitsandbytes ({error}): "
-                              "pip install 'memfilter[8bit]'") from error  # fmt: skip
+                              "pip install '.[8bit]'") from error  # fmt: skip
     return kind(
         parameters,
         lr=config.learning_rate,
@@ -63,4 +63,5 @@ def make_ema(parameters: list[torch.nn.Parameter], config: TrainConfig) -> EMAMo
         return None
     decay = 0.5 ** (config.batch_size * config.accumulation / config.ema_half_life)
     # the shadow takes the dtype of the weights, and what is trained is fp32: low-precision averages lose updates
-    return EMAModel(parameters, decay=decay, use_ema_warmup=False)
+    # and diffusers raises the decay step by step unless the least is given too, which is no function of samples
+    return EMAModel(parameters, decay=decay, min_decay=decay, use_ema_warmup=False)

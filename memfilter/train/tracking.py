@@ -114,9 +114,12 @@ class Tracker:
         if config.wandb != "disabled":
             import wandb
 
-            self._wandb = wandb.init(
-                project=config.project, mode=config.wandb, dir=str(run_dir), name=run_dir.name, config=run_config
-            )
+            try:
+                self._wandb = wandb.init(
+                    project=config.project, mode=config.wandb, dir=str(run_dir), name=run_dir.name, config=run_config
+                )
+            except (wandb.Error, OSError) as error:
+                raise ConfigError(f"log.wandb={config.wandb}: {' '.join(str(error).split())}") from error
         if config.tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 

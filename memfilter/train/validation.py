@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 
 import numpy as np
@@ -20,10 +21,16 @@ class Validation:
 
     Sheets go to ``<samples seen>.png``, one row for every prompt: its training picture, then four seeds; the prompts,
     in that order, to ``prompts.txt``.
+
+    Args:
+        unet: the denoiser as training calls it.
+        batch_size: pictures at a time.
     """
 
-    def __init__(self, config: LogConfig, pipeline, dataset: SampleDataset, out: Path):
-        self._config, self._pipeline, self._out = config, pipeline, out
+    def __init__(self, config: LogConfig, pipeline, unet, dataset: SampleDataset, out: Path, batch_size: int):
+        self._config, self._out, self._batch_size = config, out, batch_size
+        self._pipeline = copy.copy(pipeline)
+        self._pipeline.unet = unet  # as it trains: what runs in half precision does so here too, and nothing else does
         self._side = dataset.view.resolution
         self._rows: list[tuple[str, np.ndarray]] = []
         if config.validation_every:
@@ -47,7 +54,7 @@ class Validation:
             SEEDS,
             steps=self._config.validation_steps,
             guidance_scale=self._config.validation_guidance_scale,
-            batch_size=len(SEEDS),
+            batch_size=self._batch_size,
             size=self._side,
             progress=False,
         )

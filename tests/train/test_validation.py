@@ -2,16 +2,17 @@
 
 import numpy as np
 import pytest
+import tiny
 import torch
 from diffusers import StableDiffusionPipeline
 from PIL import Image
 from safetensors.torch import load_file
 
-from memfilter.config import Config, DataConfig, FilterConfig, LogConfig, TrainConfig
+from memfilter.config import Config, DataConfig, FilterConfig, LogConfig, ModelConfig, TrainConfig
 from memfilter.data import scenes
 from memfilter.data.experiment import INDEX, Experiment
 from memfilter.data.shards import Shards
-from memfilter.train.loop import train
+from memfilter.train.loop import Trainer, train
 
 
 def run(run_dir, data, every, ema_half_life=0.0, max_bad_share=0.0, prompts=2):
@@ -105,3 +106,17 @@ def test_where_nothing_is_known_the_first_readable_samples_are_shown(tmp_path):
     out = run(tmp_path / "run", folder, every=24, max_bad_share=0.5, prompts=3)
     assert (out / "prompts.txt").read_text().splitlines() == ["caption no 0", "caption no 2"]
     assert len(columns(out / "000000024.png")) == 2
+
+
+@pytest.mark.parametrize("mixed_precision", ["no", "fp16", "bf16"])
+def test_sheet_of_a_lora_in_any_precision_shows_pictures_and_asks_no_safety_checker(tmp_path, scenes_dir, mixed_precision):
+    config = Config(
+        run_dir=str(tmp_path / "run"),
+        model=ModelConfig(path=str(tiny.save_pipeline(tmp_path / "base", "sdxl")), lora_rank=2),
+        data=DataConfig(path=str(scenes_dir)),
+        train=TrainConfig(samples=4, batch_size=4, mixed_precision=mixed_precision),
+        log=LogConfig(every=4, validation_every=4, validation_prompts=1, validation_steps=2),
+    )
+    Trainer(config).run(progress=False)
+    sheet = np.asarray(Image.open(tmp_path / "run" / "validation" / "000000004.png"))
+    assert all(picture.std() > 1 for picture in np.split(sheet[:, 16:], 4, axis=1))
