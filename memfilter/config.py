@@ -75,13 +75,14 @@ class FilterConfig:
     Args:
         tau: samples whose text norm is not below it are dropped; inf measures only; null makes no extra pass.
         unit: of tau; l2 (the paper's, grows with the latent's size) or rms (divided by the root of its size).
-        reduction: kept (mean over kept samples) or batch (sum over kept samples / batch size).
+        reduction: kept (mean over the kept samples of a micro-batch), kept_global (over those of the whole optimizer
+            step) or batch (sum over kept samples / batch size).
         max_empty_steps: so many optimizer steps in a row that keep nothing end the run.
     """
 
     tau: float | None = 4.0
     unit: Literal["l2", "rms"] = "l2"
-    reduction: Literal["kept", "batch"] = "kept"
+    reduction: Literal["kept", "kept_global", "batch"] = "kept"
     max_empty_steps: int = 100
 
 

@@ -79,7 +79,9 @@ class MemFilter:
     Args:
         tau: samples whose norm is not below it are dropped (Section 4.2 of the paper; 2..6 there, for Stable Diffusion
             at 512 px). ``inf``: measure only. None: no extra pass, nothing checked.
-        reduction: ``kept`` or ``batch``, see `masked_loss`.
+        reduction: ``kept``, ``kept_global`` or ``batch``, see `masked_loss`. With ``kept_global`` the gradients of an
+            optimizer step are those of the mean over all that was kept in it, however it is split into ranks and
+            micro-batches; `before_step` makes them so.
         unit: ``l2`` (the paper's) or ``rms``, see `text_norm`.
         max_empty_steps: so many optimizer steps in a row that keep nothing raise `EmptySteps`.
         stats: where counts go; by default ten timestep bins over 1000 timesteps.
@@ -208,7 +210,11 @@ class MemFilter:
         return masked_loss(pred, target, self.verdict.keep, self.reduction, weight)
 
     def before_step(self, optimizer: torch.optim.Optimizer) -> bool:
-        """Call between the last backward and the optimizer step; says whether anything was kept in that step.
+        """Call between the last backward and the clipping; says whether anything was kept in that step.
+
+        With the reduction ``kept_global`` the gradients, sums so far, are divided by what all ranks kept. It is taken
+        that they were averaged over the ranks, as DDP does, and with an optimizer of accelerate also that the loss was
+        divided by the number of micro-batches, as ``accelerator.backward`` does.
 
         Where nothing was kept, gradients are set to None, so that the step changes nothing: with gradients of 0,
         AdamW's momentum and weight decay would still move the weights.
@@ -230,6 +236,9 @@ class MemFilter:
             dist.all_reduce(kept)
         if kept:
             self._empty_in_a_row = 0
+            if self.reduction == "kept_global":
+                ranks = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+                _scale_gradients(optimizer, ranks * (1 if state is None else state.num_steps) / int(kept))
             return True
         optimizer.zero_grad(set_to_none=True)
         self._empty_in_a_row += 1
@@ -255,6 +264,13 @@ class MemFilter:
     def load_state_dict(self, state: dict) -> None:
         self.stats.load_state_dict(state["stats"])
         self._empty_in_a_row = state["empty_in_a_row"]
+
+
+def _scale_gradients(optimizer: torch.optim.Optimizer, factor: float) -> None:
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            if parameter.grad is not None:
+                parameter.grad.mul_(factor)
 
 
 def _bools(values, count: int, device, name: str) -> Tensor:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
-REDUCTIONS = ("kept", "batch")
+REDUCTIONS = ("kept", "kept_global", "batch")
 UNITS = ("l2", "rms")
 
 
@@ -110,8 +110,10 @@ def masked_loss(
         pred, target: [B, ...].
         keep: bool [B].
         weight: [B], a factor for every sample's error, such as `min_snr_weight`; None for 1.
-        reduction: ``kept``: mean over the kept samples, as the official code does on one device; ``batch``: the sum
-            over the kept samples divided by the batch size, so that a dropped sample weighs as much as a kept one.
+        reduction: ``kept``: mean over the kept samples, as the official code does on one device; ``kept_global``: their
+            sum, which somebody divides by the number kept on all ranks and in all micro-batches of an optimizer step
+            (`MemFilter.before_step` does); ``batch``: the sum divided by the batch size, so that a dropped sample
+            weighs as much as a kept one.
 
     Returns:
         A scalar in fp32 at least. With nothing kept it is 0 and still has its graph, so that backward runs on every
@@ -126,5 +128,5 @@ def masked_loss(
     per_sample = difference.square().flatten(1).mean(1)  # [B, ...] -> [B]
     if weight is not None:
         per_sample = per_sample * torch.where(keep, weight.to(per_sample), 0)
-    count = keep.sum().clamp(min=1) if reduction == "kept" else len(keep)
+    count = {"kept": keep.sum().clamp(min=1), "kept_global": 1, "batch": len(keep)}[reduction]
     return per_sample.sum() / count

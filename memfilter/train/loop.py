@@ -127,8 +127,8 @@ class Trainer:
                     loss = self.objective(batch)
                     accelerator.backward(loss)
                     seen += size
-                    weight = mem_filter.verdict.keep.sum() if config.filter.reduction == "kept" else size
-                    losses.append(loss.detach() * weight)
+                    weight = size if config.filter.reduction == "batch" else mem_filter.verdict.keep.sum()
+                    losses.append(loss.detach() * (1 if config.filter.reduction == "kept_global" else weight))
                     kept.append(torch.as_tensor(weight))
                     audit.add(batch, mem_filter.verdict)
 

@@ -18,10 +18,11 @@ from memfilter.train import loop
 def run(tmp_path, scenes_dir, name="run", tau=2.5, **settings):
     caption_dropout = settings.pop("caption_dropout", 0.1)
     settings = {"samples": 24, "batch_size": 4, "learning_rate": 1e-4, "ema_half_life": 0} | settings
+    reduction = settings.pop("reduction", "kept")
     config = Config(
         run_dir=str(tmp_path / name),
         data=DataConfig(path=str(scenes_dir), caption_dropout=caption_dropout),
-        filter=FilterConfig(tau=tau, max_empty_steps=4),
+        filter=FilterConfig(tau=tau, reduction=reduction, max_empty_steps=4),
         train=TrainConfig(**settings),
         log=LogConfig(every=8),
     )
@@ -49,6 +50,19 @@ def test_what_is_drawn_for_a_sample_does_not_depend_on_batch_size_and_accumulati
     for x, y in zip(a, b, strict=True):
         assert (x["key"], x["timestep"]) == (y["key"], y["timestep"])
         assert x["text_norm"] == pytest.approx(y["text_norm"], rel=1e-4)
+
+
+def test_accumulation_is_one_larger_batch_where_the_mean_is_over_all_that_was_kept(tmp_path, scenes_dir):
+    def weights(name, **settings):
+        summary, found = run(tmp_path, scenes_dir, name, tau=2.3, caption_dropout=0.0, **settings)
+        assert 0 < summary["filter/drop_rate"] < 1
+        return torch.cat([tensor.flatten() for tensor in found.values()])
+
+    whole = weights("whole", batch_size=8, reduction="kept_global")
+    split = weights("split", batch_size=2, accumulation=4, reduction="kept_global")
+    apart = weights("apart", batch_size=2, accumulation=4, reduction="kept")
+    # AdamW amplifies rounding; a mean of means is another update altogether
+    assert (whole - split).norm() < 0.05 * (whole - apart).norm()
 
 
 def test_tau_inf_ends_in_the_weights_of_a_run_without_the_extra_pass(tmp_path, scenes_dir):

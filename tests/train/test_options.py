@@ -38,7 +38,7 @@ OPTIONS = {
     "resolution": (16, 24),
     "random_crop": (False, True),
     "random_flip": (False, True),
-    "reduction": ("kept", "batch"),
+    "reduction": ("kept", "kept_global", "batch"),
 }
 COMBINATIONS = [dict(zip(OPTIONS, values, strict=True)) for values in AllPairs(list(OPTIONS.values()))]
 # a half-precision weight gradient is summed over the batch in other blocks when the batch is smaller: two roundings
@@ -110,7 +110,7 @@ def gradients(trainer: Trainer, positions) -> tuple[torch.Tensor, torch.Tensor]:
 def mean_of_kept(pred, target, weight, keep, reduction: str) -> torch.Tensor:
     """The paper's loss by indexing, of a batch of the same shape: half precision then rounds alike."""
     errors = (pred.float() - target.float()).pow(2).mean((1, 2, 3)) * (1 if weight is None else weight)
-    return errors[keep].sum() / (keep.sum() if reduction == "kept" else len(keep))
+    return errors[keep].sum() / {"kept": keep.sum(), "kept_global": 1, "batch": len(keep)}[reduction]
 
 
 def test_all_pairs_of_option_values_occur():

@@ -1,0 +1,112 @@
+"""kept_global: the gradients of an optimizer step do not depend on how its samples are split."""
+
+import math
+
+import pytest
+import torch
+import torch.distributed as dist
+from accelerate import Accelerator, debug_launcher
+from torch.nn.parallel import DistributedDataParallel
+
+from memfilter import MemFilter
+
+BATCH = 8
+# of the norms of the samples below: all kept; some; only one rank's and only one micro-batch's; none
+KEEPS = ("all", "some", "one side", "none")
+
+
+def thresholds(make_unet, make_batch) -> dict[str, float]:
+    mem_filter, (latents, timesteps, embeds, _) = MemFilter(math.inf), make_batch(7, BATCH)
+    mem_filter.wrap(make_unet(), null=torch.zeros(5, 16))(latents, timesteps, embeds)
+    norms = mem_filter.verdict.text_norm
+    left, right = norms[: BATCH // 2].sort().values, norms[BATCH // 2 :].sort().values
+    lowest = min(left[0], right[0])
+    return {
+        "all": 1e6,
+        "some": norms.sort().values[BATCH // 2].item(),
+        "one side": (lowest + (max(left[0], right[0]) - lowest) / 2).item(),
+        "none": lowest.item() / 2,
+    }
+
+
+def gradients(unet, mem_filter, optimizer, parts, backward) -> list[torch.Tensor | None]:
+    """Of one optimizer step over these micro-batches, after `before_step`."""
+    for latents, timesteps, embeds, target in parts:
+        backward(mem_filter.loss(unet(latents, timesteps, embeds).sample, target))
+    stepped = mem_filter.before_step(optimizer)
+    found = [p.grad for p in unet.parameters()]
+    assert stepped == (found[0] is not None)
+    return found
+
+
+def expected(make_unet, batch, tau: float) -> list[torch.Tensor | None]:
+    """By hand: the mean over what is kept of the whole batch, in one process."""
+    unet, (latents, timesteps, embeds, target) = make_unet(), batch
+    with torch.no_grad():
+        null = unet(latents, timesteps, torch.zeros(len(latents), 5, 16)).sample
+    pred = unet(latents, timesteps, embeds).sample
+    keep = (pred.detach() - null).flatten(1).norm(dim=1) < tau
+    if not keep.any():
+        return [None for _ in unet.parameters()]
+    torch.nn.functional.mse_loss(pred[keep], target[keep]).backward()
+    return [p.grad for p in unet.parameters()]
+
+
+def split(batch, size: int):
+    return zip(*(tensor.split(size) for tensor in batch), strict=True)
+
+
+def assert_same(found, wanted) -> None:
+    for a, b in zip(found, wanted, strict=True):
+        assert (a is None) == (b is None)
+        if a is not None:
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("keeps", KEEPS)
+@pytest.mark.parametrize("size", [8, 4, 2])
+def test_micro_batches_give_the_gradients_of_one_batch(tiny_unet, tiny_batch, keeps, size):
+    tau, batch = thresholds(tiny_unet, tiny_batch)[keeps], tiny_batch(7, BATCH)
+    mem_filter = MemFilter(tau, reduction="kept_global")
+    unet = mem_filter.wrap(tiny_unet(), null=torch.zeros(5, 16))
+    optimizer = torch.optim.SGD(unet.parameters(), lr=0.1)
+    found = gradients(unet, mem_filter, optimizer, split(batch, size), torch.Tensor.backward)
+    assert_same(found, expected(tiny_unet, batch, tau))
+
+
+def test_division_of_the_loss_by_accelerate_is_undone(tiny_unet, tiny_batch):
+    tau, batch = thresholds(tiny_unet, tiny_batch)["some"], tiny_batch(7, BATCH)
+    accelerator = Accelerator(gradient_accumulation_steps=4)
+    mem_filter = MemFilter(tau, reduction="kept_global")
+    unet = mem_filter.wrap(tiny_unet(), null=torch.zeros(5, 16))
+    unet, optimizer = accelerator.prepare(unet, torch.optim.SGD(unet.parameters(), lr=0.1))
+    for latents, timesteps, embeds, target in split(batch, 2):
+        with accelerator.accumulate(unet):
+            accelerator.backward(mem_filter.loss(unet(latents, timesteps, embeds).sample, target))
+            mem_filter.before_step(optimizer)
+    assert_same([p.grad for p in unet.parameters()], expected(tiny_unet, batch, tau))
+
+
+def _rank(make_unet, make_batch, taus: dict[str, float]) -> None:
+    torch.set_num_threads(1)
+    if not dist.is_initialized():
+        dist.init_process_group("gloo")
+    assert dist.get_world_size() == 2
+    batch = make_batch(7, BATCH)
+    mine = list(split(batch, BATCH // 2))[dist.get_rank()]
+    for size in (4, 2):
+        for tau in taus.values():
+            mem_filter = MemFilter(tau, reduction="kept_global")
+            wrapped = mem_filter.wrap(make_unet(), null=torch.zeros(5, 16))
+            unet = DistributedDataParallel(wrapped)
+            optimizer = torch.optim.SGD(unet.parameters(), lr=0.1)
+            *first, last = split(mine, size)
+            with unet.no_sync():
+                for latents, timesteps, embeds, target in first:
+                    mem_filter.loss(unet(latents, timesteps, embeds).sample, target).backward()
+            found = gradients(unet, mem_filter, optimizer, [last], torch.Tensor.backward)
+            assert_same(found, expected(make_unet, batch, tau))
+
+
+def test_two_ranks_give_the_gradients_of_one_process(tiny_unet, tiny_batch):
+    debug_launcher(_rank, args=(tiny_unet, tiny_batch, thresholds(tiny_unet, tiny_batch)), num_processes=2)
