@@ -14,8 +14,7 @@ Ratios are medians over steps of times taken side by side: in the first epoch, w
 that come again, and in the second, where everything was seen before. How much there is to save depends on the pictures:
 the shards hold clipart scenes as JPEG of several sizes, and what each part of a step weighs is printed. The bounds are for
 the second epoch and the largest pictures, of the size in which they come from the web; last line: ratios, verdict; exit 1
-when one falls short. (At full size the parts weigh otherwise: the VAE's encoder of Stable Diffusion 1.x takes 1.4 times
-the FLOPs of a UNet forward, here a quarter of its time.)
+when one falls short. At full size the parts weigh otherwise: the VAE, for one, more than here.
 """
 
 from __future__ import annotations

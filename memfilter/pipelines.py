@@ -54,8 +54,8 @@ def load_pipeline(
             raise ModelError(f"model.path: {source} is a {index['_class_name']}: expected one of {', '.join(PIPELINES)}")
         # diffusers makes a tokenizer out of nothing, and of the others it does not say which is missing
         named = [part for part, kind in index.items() if isinstance(kind, list) and kind[0] is not None]
-        missing = [part for part in _NEEDED if part not in named or not hub and not (Path(source) / part).is_dir()]
-        missing += [part for part in named if part not in _NEEDED and not hub and not (Path(source) / part).is_dir()]
+        parts = dict.fromkeys((*_NEEDED, *named))
+        missing = [part for part in parts if part not in named or not (hub or (Path(source) / part).is_dir())]
         if missing:
             raise ModelError(f"model.path: {source} has no {' and no '.join(missing)}")
         pipeline = DiffusionPipeline.from_pretrained(

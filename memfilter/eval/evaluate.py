@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +14,7 @@ from memfilter.data.shards import Shards
 from memfilter.eval.agreement import agreement
 from memfilter.eval.copies import MEASURE, copy_similarity, memorized_above, seed_agreement
 from memfilter.eval.generate import generate
+from memfilter.files import atomic
 from memfilter.pipelines import load_trained
 
 EVALUATION, PICTURES = "evaluation.json", "evaluation.npz"
@@ -88,8 +88,10 @@ def evaluate_run(
             for i, (key, caption) in enumerate(zip(keys, captions, strict=True))
         ],
     }
-    _write(run_dir / PICTURES, lambda file: np.savez(file, generations=generations, training=training))
-    _write(run_dir / EVALUATION, lambda file: file.write(json.dumps(result, indent=1).encode()))
+    with atomic(run_dir / PICTURES) as partial, partial.open("wb") as file:
+        np.savez(file, generations=generations, training=training)
+    with atomic(run_dir / EVALUATION) as partial:
+        partial.write_text(json.dumps(result, indent=1))
     return result
 
 
@@ -99,10 +101,3 @@ def scene_from(facts: dict) -> scenes.Scene:
     if missing := [name for name in names if name not in facts]:
         raise ValueError(f"sample {facts.get('key')!r} is not a clipart scene: its .json lacks {', '.join(missing)}")
     return scenes.Scene(**{name: facts[name] for name in names} | {"colours": tuple(facts["colours"])})
-
-
-def _write(path: Path, write) -> None:
-    partial = path.with_name(f".{path.name}.partial")
-    with partial.open("wb") as file:
-        write(file)
-    os.replace(partial, path)

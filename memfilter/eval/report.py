@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import base64
 import json
 import math
-import os
 from dataclasses import dataclass
-from io import BytesIO
 from pathlib import Path
 
 import jinja2
@@ -18,6 +15,8 @@ from PIL import Image
 from plotly.offline import get_plotlyjs
 
 from memfilter.eval.charts import GROUPS, as_html, by_timestep, drop_rate_chart, norm_chart
+from memfilter.files import atomic
+from memfilter.pictures import data_url
 
 FILES = ("metrics.jsonl", "audit.parquet", "summary.json", "evaluation.json", "evaluation.npz")
 INERT = {"data.workers", "data.cache_gb", "train.gradient_checkpointing", "train.compile"}  # may differ without changing what is learned
@@ -104,9 +103,8 @@ def write_report(off: Path, on: Path, out: Path) -> None:
         raise ReportError("\n".join(errors))
     page = _render(**runs)
     out.parent.mkdir(parents=True, exist_ok=True)
-    partial = out.with_name(f".{out.name}.partial")
-    partial.write_text(page, encoding="utf-8")
-    os.replace(partial, out)
+    with atomic(out) as partial:
+        partial.write_text(page, encoding="utf-8")
 
 
 def _incomparable(off: Run, on: Run) -> list[str]:
@@ -209,14 +207,7 @@ def _gallery(off: Run, on: Run) -> list[dict]:
         for run in (off, on):
             shots = zip(run.generations[i], run.evaluation["prompts"][i]["similarity"], strict=True)
             # + 0.0 turns -0.0 into 0.0
-            sides.append([{"png": _png(picture), "similarity": round(similarity, 2) + 0.0,
+            sides.append([{"png": data_url(Image.fromarray(picture)), "similarity": round(similarity, 2) + 0.0,
                            "memorized": similarity > limit} for picture, similarity in shots])  # fmt: skip
-        rows.append({"prompt": prompt, "training": _png(off.training[i]), "sides": sides})
+        rows.append({"prompt": prompt, "training": data_url(Image.fromarray(off.training[i])), "sides": sides})
     return rows
-
-
-def _png(pixels: np.ndarray) -> str:
-    """uint8 [H, W, 3] -> data URL."""
-    file = BytesIO()
-    Image.fromarray(pixels).save(file, "PNG", optimize=True)
-    return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()

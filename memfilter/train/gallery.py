@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import base64
-import os
-from io import BytesIO
+from contextlib import suppress
 from pathlib import Path
 
 import jinja2
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
-from PIL import Image
 
 from memfilter.data.sampler import SampleDataset
 from memfilter.data.shards import ShardError
+from memfilter.files import atomic
+from memfilter.pictures import data_url
 
 PAGE = "dropped.html"
 THUMBNAIL = 192  # pixels
@@ -28,10 +27,10 @@ def write_gallery(run_dir: Path, dataset: SampleDataset, count: int) -> list[dic
     """
     rows = [row | _sample(dataset, row["key"]) for row in most_dropped(run_dir / "audit.parquet", count)]
     environment = jinja2.Environment(loader=jinja2.PackageLoader("memfilter.train", "."), autoescape=True)
-    shown = [row | {"picture": _data_uri(row["picture"])} for row in rows]
-    partial = run_dir / f".{PAGE}.partial"
-    partial.write_text(environment.get_template("dropped.html.jinja").render(rows=shown, run=run_dir.name))
-    os.replace(partial, run_dir / PAGE)
+    shown = [row | {"picture": row["picture"] and data_url(row["picture"])} for row in rows]
+    page = environment.get_template("dropped.html.jinja").render(rows=shown, run=run_dir.name)
+    with atomic(run_dir / PAGE) as partial:
+        partial.write_text(page, encoding="utf-8")
     return rows
 
 
@@ -47,18 +46,8 @@ def most_dropped(audit: Path, count: int) -> list[dict]:
 
 def _sample(dataset: SampleDataset, key: str) -> dict:
     sample = {"caption": "", "picture": None}
-    try:
+    with suppress(ShardError):  # the page says that it cannot be read
         sample["caption"] = dataset.shards.caption(key)
         sample["picture"] = dataset.shards.image(key)
         sample["picture"].thumbnail((THUMBNAIL, THUMBNAIL))
-    except ShardError:
-        pass  # the page says that it cannot be read
     return sample
-
-
-def _data_uri(picture: Image.Image | None) -> str | None:
-    if picture is None:
-        return None
-    buffer = BytesIO()
-    picture.save(buffer, "png")
-    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()

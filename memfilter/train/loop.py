@@ -22,6 +22,7 @@ from memfilter.data.encode import Encoder
 from memfilter.data.experiment import Experiment, index_beside
 from memfilter.data.sampler import SampleDataset, SampleStream, View, collate
 from memfilter.data.shards import Shards
+from memfilter.files import atomic
 from memfilter.pipelines import ModelError, add_lora, load_pipeline
 from memfilter.preflight import UnsuitableModel, validate
 from memfilter.train.export import export_lora, export_pipeline
@@ -105,7 +106,8 @@ class Trainer:
         """Trains, exports, and returns the summary."""
         config, accelerator, mem_filter = self.config, self.accelerator, self.mem_filter
         self.run_dir.mkdir(parents=True, exist_ok=True)
-        (self.run_dir / "config.yaml").write_text(yaml.safe_dump(asdict(config), sort_keys=False))
+        with atomic(self.run_dir / "config.yaml") as partial:
+            partial.write_text(yaml.safe_dump(asdict(config), sort_keys=False), encoding="utf-8")
         tracker = Tracker(self.run_dir, config.log, asdict(config))
         audit = Audit(self.run_dir / "audit.parquet")
         bad_samples = BadSamples(self.run_dir / "bad_samples.jsonl", config.data.max_bad_share * config.train.samples)
@@ -164,7 +166,8 @@ class Trainer:
                 self.ema.copy_to(self.trained)
             export = export_pipeline if config.model.lora_rank is None else export_lora
             export(self.pipeline, self.pipeline.unet.eval(), self.run_dir, summary)
-            _write_json(self.run_dir / "summary.json", summary)
+            with atomic(self.run_dir / "summary.json") as partial:
+                partial.write_text(json.dumps(summary, indent=1))
             if config.log.gallery and mem_filter.active:
                 tracker.dropped(seen, write_gallery(self.run_dir, self.dataset, config.log.gallery))
             failed = False
@@ -286,12 +289,6 @@ def _validate(config: Config, pipeline, noise_scheduler, resolution: int) -> Non
 
 def _crosses(every: int, before: int, after: int) -> bool:
     return after // every > before // every
-
-
-def _write_json(path: Path, content: dict) -> None:
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(json.dumps(content, indent=1))
-    os.replace(partial, path)
 
 
 def _summary_line(metrics: dict[str, float]) -> str:

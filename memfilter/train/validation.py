@@ -12,6 +12,7 @@ from memfilter.config import LogConfig
 from memfilter.data.sampler import SampleDataset
 from memfilter.data.shards import ShardError
 from memfilter.eval.generate import generate
+from memfilter.files import atomic
 
 SEEDS = (0, 1, 2, 3)
 
@@ -60,10 +61,10 @@ class Validation:
         )
         rows = [np.concatenate([known, *made], 1) for (_, known), made in zip(self._rows, generations, strict=True)]
         self._out.mkdir(exist_ok=True)
-        (self._out / "prompts.txt").write_text("".join(f"{' '.join(prompt.split())}\n" for prompt in prompts))
-        partial = self._out / f".{samples:09d}.partial.png"
-        Image.fromarray(np.concatenate(rows)).save(partial)
-        partial.rename(self._out / f"{samples:09d}.png")
+        with atomic(self._out / "prompts.txt") as partial:
+            partial.write_text("".join(f"{' '.join(prompt.split())}\n" for prompt in prompts), encoding="utf-8")
+        with atomic(self._out / f"{samples:09d}.png") as partial:
+            Image.fromarray(np.concatenate(rows)).save(partial, "PNG")
         return list(zip(prompts, rows, strict=True))
 
 
