@@ -38,8 +38,10 @@ def evaluate_run(
         What is in ``evaluation.json``.
 
     Raises:
-        ValueError: the run is not finished, or its samples are not clipart scenes.
+        ValueError: the run is not finished, its samples are not clipart scenes, or there is one seed only.
     """
+    if seeds < 2:
+        raise ValueError(f"seeds must be at least 2, found {seeds}: a prompt's generations are compared to each other")
     if not (run_dir / "summary.json").is_file():
         raise ValueError(f"{run_dir} has no summary.json: it is not a run, or not finished")
     config = json.loads((run_dir / "summary.json").read_text())["config"]
