@@ -1,8 +1,13 @@
 """Fine-tune a text-to-image diffusion model with the memorization filter.
 
     python train_filtered.py --config configs/quickstart.yaml --filter.tau=4
+
+Exit codes: 0 done; 1 an error, which is printed; 75 interrupted by SIGTERM or SIGUSR1 after a checkpoint was made, go on
+with --checkpoint.resume=true. What starts several processes (torchrun, accelerate launch) makes 1 of a 75.
 """
 
+import errno
+import os
 import sys
 
 
@@ -13,8 +18,8 @@ def main(argv: list[str] | None = None) -> int:
 
     try:
         config = parse(sys.argv[1:] if argv is None else argv, __doc__)
-    except ConfigError as error:
-        return report_error(error)
+    except ConfigError as error:  # every process finds the same
+        return report_error(error) if os.environ.get("LOCAL_RANK", "0") == "0" else 1
 
     import logging
 
@@ -22,14 +27,28 @@ def main(argv: list[str] | None = None) -> int:
     from memfilter.data.shards import ShardError
     from memfilter.filter import EmptySteps, NonFiniteNorm
     from memfilter.pipelines import ModelError
+    from memfilter.train.checkpoint import CheckpointError
+    from memfilter.train.engine import end_processes
+    from memfilter.train.interruption import EXIT_CODE, Interrupted
     from memfilter.train.loop import train
 
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
+    first = os.environ.get("RANK", "0") == "0"
+    logging.basicConfig(level=logging.INFO if first else logging.WARNING, format="%(asctime)s %(message)s")
+    code = 0
     try:
         train(config)
-    except (ConfigError, ModelError, ShardError, NonFiniteNorm, EmptySteps) as error:
+    except Interrupted as stop:
+        if first:
+            print(stop, file=sys.stderr)
+        code = EXIT_CODE
+    except (ConfigError, ModelError, ShardError, NonFiniteNorm, EmptySteps, CheckpointError) as error:
         return report_error(error)
-    return 0
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        return report_error(error)
+    end_processes()
+    return code
 
 
 if __name__ == "__main__":

@@ -63,9 +63,10 @@ def quiet_libraries() -> None:
 
 
 def report_error(error: Exception) -> int:
-    """Prints each line of the message as an error; returns the exit code."""
+    """Prints each line of the message as an error, and whose it is where several processes run; returns the exit code."""
+    rank = os.environ.get("RANK", "0")
     for line in str(error).splitlines():
-        print(f"error: {line}", file=sys.stderr)
+        print(f"error: {'' if rank == '0' else f'rank {rank}: '}{line}", file=sys.stderr)
     return 1
 
 

@@ -92,9 +92,9 @@ class TrainConfig:
 
     Args:
         samples: budget.
-        batch_size: samples per forward.
+        batch_size: samples per forward of one process.
         accumulation: forwards per optimizer step.
-        optimizer: adamw, or bitsandbytes' with state in 8 bits.
+        optimizer: adamw, or bitsandbytes' with state in 8 bits; paged: whose state leaves a full GPU for the CPU.
         learning_rate: at its highest.
         lr_schedule: a schedule of diffusers.
         warmup_samples: the learning rate rises linearly over so many samples.
@@ -119,7 +119,7 @@ class TrainConfig:
     samples: int = 16_000
     batch_size: int = 8
     accumulation: int = 1
-    optimizer: Literal["adamw", "adamw_8bit"] = "adamw"
+    optimizer: Literal["adamw", "adamw_8bit", "paged_adamw", "paged_adamw_8bit"] = "adamw"
     learning_rate: float = 1e-5
     lr_schedule: LRSchedule = "constant"
     warmup_samples: int = 0
@@ -138,6 +138,21 @@ class TrainConfig:
     gradient_checkpointing: bool = False
     compile: str | None = None
     seed: int = 0
+
+
+@dataclass
+class CheckpointConfig:
+    """How a run is kept safe from interruptions. SIGTERM and SIGUSR1 make one more checkpoint and end the run.
+
+    Args:
+        every: samples between two checkpoints, rounded up to whole optimizer steps; 0 for none but on a signal.
+        keep: so many of the newest are kept.
+        resume: goes on from the newest whole checkpoint in run_dir, and begins anew where there is none.
+    """
+
+    every: int = 0
+    keep: int = 2
+    resume: bool = False
 
 
 @dataclass
@@ -172,7 +187,8 @@ class Config:
     """A run.
 
     Args:
-        run_dir: where metrics.jsonl, audit.parquet, summary.json and pipeline/ or lora/ go; must not hold a run already.
+        run_dir: where metrics.jsonl, audit.parquet, summary.json and pipeline/ or lora/ go; must not hold a run already,
+            unless checkpoint.resume is true. Several machines need one that all of them see.
     """
 
     run_dir: str = "runs/default"
@@ -180,6 +196,7 @@ class Config:
     data: DataConfig = field(default_factory=DataConfig)
     filter: FilterConfig = field(default_factory=FilterConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     log: LogConfig = field(default_factory=LogConfig)
 
 
@@ -190,9 +207,11 @@ class ConfigError(ValueError):
 # section.name: what must hold
 _POSITIVE = ("train.samples", "train.batch_size", "train.accumulation", "train.learning_rate", "train.adam_eps",
              "train.max_grad_norm", "train.snr_gamma", "train.lr_cycles", "train.lr_power", "model.lora_rank",
-             "model.lora_alpha", "data.resolution", "log.every", "log.validation_prompts", "log.validation_steps")  # fmt: skip
+             "model.lora_alpha", "data.resolution", "checkpoint.keep", "log.every", "log.validation_prompts",
+             "log.validation_steps")  # fmt: skip
 _NOT_NEGATIVE = ("train.warmup_samples", "train.weight_decay", "train.ema_half_life", "train.noise_offset", "train.seed",
-                 "data.cache_gb", "data.workers", "log.validation_every", "log.validation_guidance_scale", "log.gallery")  # fmt: skip
+                 "data.cache_gb", "data.workers", "checkpoint.every", "log.validation_every",
+                 "log.validation_guidance_scale", "log.gallery")  # fmt: skip
 _SHARES = ("train.adam_beta1", "train.adam_beta2", "data.caption_dropout", "data.max_bad_share")
 
 

@@ -115,6 +115,7 @@ class MemFilter:
         self._unread: _Readback | None = None  # of the last training forward
         self._kept_in_step: int | None = None  # None: no training forward since the last step
         self._empty_in_a_row = 0
+        self._rescaled = None  # DeepSpeed's optimizer, while a factor of `before_step` stands as its loss scale
 
     def wrap(self, unet: nn.Module, null, scheduler=None) -> FilteredUNet:
         """The denoiser with the check inside; do this before ``accelerator.prepare``.
@@ -160,6 +161,7 @@ class MemFilter:
         """Verdict on one training forward: (text_norm [B], keep [B]); ``null`` is None where no pass was made for it."""
         facts, self._facts = self._facts, {}
         self._settle()
+        self._end_rescaling()
         device, count = cond.device, len(cond)
         if (keys := facts.get("keys")) is not None and len(keys) != count:
             raise ValueError(f"MemFilter.batch(keys=...) must have one entry for each of the {count} samples, "
@@ -209,23 +211,33 @@ class MemFilter:
         self._unused = False
         return masked_loss(pred, target, self.verdict.keep, self.reduction, weight)
 
-    def before_step(self, optimizer: torch.optim.Optimizer) -> bool:
+    def before_step(self, optimizer) -> bool:
         """Call between the last backward and the clipping; says whether anything was kept in that step.
 
         With the reduction ``kept_global`` the gradients, sums so far, are divided by what all ranks kept. It is taken
-        that they were averaged over the ranks, as DDP does, and with an optimizer of accelerate also that the loss was
-        divided by the number of micro-batches, as ``accelerator.backward`` does.
+        that they were averaged over the ranks, as DDP, FSDP2 and DeepSpeed do, and, with accelerate or DeepSpeed, that
+        the loss was divided by the number of micro-batches, as their ``backward`` does. ZeRO clips inside its step, where
+        it divides by the loss scale first: there the factor goes in, as that step's loss scale.
 
         Where nothing was kept, gradients are set to None, so that the step changes nothing: with gradients of 0,
-        AdamW's momentum and weight decay would still move the weights.
+        AdamW's momentum and weight decay would still move the weights. DeepSpeed's step must then not be called.
+
+        Args:
+            optimizer: torch's or accelerate's; under DeepSpeed the engine: ``engine.backward(loss)``, then
+                ``if mem_filter.before_step(engine): engine.step()``.
 
         Raises:
             NonFiniteNorm: the norm of some sample of this step is NaN or infinite; the weights are still good.
             EmptySteps: this is the ``max_empty_steps``-th such step in a row.
+            TypeError: an optimizer of accelerate under DeepSpeed, whose ``accelerator.backward`` has stepped already.
         """
         self._settle()
-        state = getattr(optimizer, "gradient_state", None)  # accelerate's
-        if state is not None and not state.sync_gradients:
+        engine = optimizer if hasattr(optimizer, "is_gradient_accumulation_boundary") else None
+        if type(optimizer).__name__ == "DeepSpeedOptimizerWrapper":
+            raise TypeError("under DeepSpeed accelerator.backward steps as well, before MemFilter can say whether to: call "
+                            "backward and step of the engine, which is the prepared model, and pass it to before_step")  # fmt: skip
+        micro_batches = _micro_batches(optimizer, engine)
+        if micro_batches is None:  # more of them come before the step
             return True
         kept, self._kept_in_step = self._kept_in_step, None
         if kept is None and not self.active:  # nothing was asked of the filter
@@ -238,9 +250,12 @@ class MemFilter:
             self._empty_in_a_row = 0
             if self.reduction == "kept_global":
                 ranks = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
-                _scale_gradients(optimizer, ranks * (1 if state is None else state.num_steps) / int(kept))
+                self._rescale(optimizer, engine, ranks * micro_batches / int(kept))
             return True
-        optimizer.zero_grad(set_to_none=True)
+        if engine is None:
+            optimizer.zero_grad(set_to_none=True)
+        else:
+            _discard_gradients(engine)
         self._empty_in_a_row += 1
         self.stats.empty_steps += 1
         if self._empty_in_a_row >= self.max_empty_steps:
@@ -250,6 +265,28 @@ class MemFilter:
             raise EmptySteps(f"{self._empty_in_a_row} optimizer steps in a row kept no sample: {reason}")
         return False
 
+    def _rescale(self, optimizer, engine, factor: float) -> None:
+        """Multiplies the gradients of the step to come."""
+        if engine is None or not engine.zero_optimization_stage():
+            if engine is not None and (engine.bfloat16_enabled() or engine.fp16_enabled()):
+                raise ValueError("filter.reduction=kept_global: ZeRO-0 in low precision has no place for it; use ZeRO-1")
+            for group in optimizer.param_groups if engine is None else engine.optimizer.param_groups:
+                for parameter in group["params"]:
+                    if parameter.grad is not None:
+                        parameter.grad.mul_(factor)
+            return
+        # norm, clipping and fp16's overflow check of ZeRO's step all go by its loss scale; its method for setting one
+        # writes a line to the log each time
+        self._rescaled = engine.optimizer
+        scale = self._rescaled.loss_scale / factor
+        self._rescaled.custom_loss_scaler, self._rescaled.external_loss_scale = True, scale
+
+    def _end_rescaling(self) -> None:
+        """Losses to come are scaled as ever."""
+        rescaled, self._rescaled = self._rescaled, None
+        if rescaled is not None:
+            rescaled.custom_loss_scaler, rescaled.external_loss_scale = False, None
+
     def metrics(self, accelerator=None) -> dict[str, float]:
         """Counts, rates and norms since the last call, named ``filter/...``; with several ranks every rank calls."""
         return self.stats.compute(_sum_over(accelerator))
@@ -258,19 +295,38 @@ class MemFilter:
         """How the norms since the last call are spread, see `FilterStats.histograms`; every rank calls."""
         return self.stats.histograms(_sum_over(accelerator))
 
-    def state_dict(self) -> dict:
-        return {"stats": self.stats.state_dict(), "empty_in_a_row": self._empty_in_a_row}
+    def state_dict(self, accelerator=None) -> dict:
+        """All counts so far, of all ranks, as JSON takes it; with several ranks every rank calls."""
+        return {"stats": self.stats.state_dict(_sum_over(accelerator)), "empty_in_a_row": self._empty_in_a_row}
 
-    def load_state_dict(self, state: dict) -> None:
-        self.stats.load_state_dict(state["stats"])
+    def load_state_dict(self, state: dict, accelerator=None) -> None:
+        """Goes on from a `state_dict`, which may come from another number of ranks."""
+        first = accelerator is None or accelerator.is_main_process
+        self.stats.load_state_dict(state["stats"], with_window=first)
         self._empty_in_a_row = state["empty_in_a_row"]
 
 
-def _scale_gradients(optimizer: torch.optim.Optimizer, factor: float) -> None:
-    for group in optimizer.param_groups:
-        for parameter in group["params"]:
-            if parameter.grad is not None:
-                parameter.grad.mul_(factor)
+def _discard_gradients(engine) -> None:
+    """What DeepSpeed's step does beside the update."""
+    zero = engine.optimizer
+    zero.zero_grad(set_to_none=True)
+    engine.micro_steps += 1
+    if engine.zero_optimization_stage() in (1, 2):
+        # it would take the next backward for one more micro-batch of this step, and with offloaded states add to it what
+        # the step before left in its buffer
+        zero._wait_for_offload_copies()
+        zero.micro_step_id = -1
+        zero._offload_accumulated_param_ids = set()
+
+
+def _micro_batches(optimizer, engine) -> int | None:
+    """By how many micro-batches the losses of this step were divided; None where the step is not due."""
+    if engine is not None:
+        return engine.gradient_accumulation_steps() if engine.is_gradient_accumulation_boundary() else None
+    state = getattr(optimizer, "gradient_state", None)  # accelerate's
+    if state is None:
+        return 1
+    return state.num_steps if state.sync_gradients else None
 
 
 def _bools(values, count: int, device, name: str) -> Tensor:

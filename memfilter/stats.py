@@ -63,7 +63,7 @@ class FilterStats:
             reduce: sums a tensor over all ranks; every rank must call. None for one process.
         """
         window = self._window if reduce is None else reduce(self._window)
-        self._total += self._window.cpu()
+        self._total += window.cpu()
         self._window = torch.zeros_like(self._window)
         return {**_metrics(window.cpu()), "filter/empty_steps": self.empty_steps}
 
@@ -86,17 +86,34 @@ class FilterStats:
 
     def totals(self, reduce=None) -> dict[str, float]:
         """The same over the whole run."""
-        total = self._total + self._window.cpu()
-        if reduce is not None:
-            total = total.to(self._window)
-        return {**_metrics((total if reduce is None else reduce(total)).cpu()), "filter/empty_steps": self.empty_steps}
+        window = self._window if reduce is None else reduce(self._window)
+        return {**_metrics(self._total + window.cpu()), "filter/empty_steps": self.empty_steps}
 
-    def state_dict(self) -> dict:
-        return {"total": (self._total + self._window.cpu()).tolist(), "empty_steps": self.empty_steps}
+    def state_dict(self, reduce=None) -> dict:
+        """Numbers and lists of them: what was reported and what was not yet.
 
-    def load_state_dict(self, state: dict) -> None:
+        Args:
+            reduce: as for `compute`.
+        """
+        window, norms = (t if reduce is None else reduce(t) for t in (self._window, self._norms))
+        return {
+            "total": self._total.tolist(),
+            "window": window.cpu().tolist(),
+            "norms": norms.cpu().tolist(),
+            "empty_steps": self.empty_steps,
+        }
+
+    def load_state_dict(self, state: dict, with_window: bool = True) -> None:
+        """Goes on from there.
+
+        Args:
+            with_window: what was not reported yet belongs to one rank, or it would be counted by each.
+        """
         self._total = torch.tensor(state["total"], dtype=torch.float64)
-        self._window = torch.zeros_like(self._window)
+        self._window, self._norms = torch.zeros_like(self._window), torch.zeros_like(self._norms)
+        if with_window:
+            self._window += torch.tensor(state["window"], dtype=torch.float64).to(self._window)
+            self._norms += torch.tensor(state["norms"]).to(self._norms)
         self.empty_steps = state["empty_steps"]
 
 

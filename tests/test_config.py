@@ -45,6 +45,8 @@ RANGES = {
     "train.noise_offset": AMOUNT,
     "train.ema_half_life": AMOUNT,
     "train.seed": NATURAL,
+    "checkpoint.every": NATURAL,
+    "checkpoint.keep": COUNT,
     "log.every": COUNT,
     "log.validation_every": NATURAL,
     "log.validation_prompts": COUNT,

@@ -88,32 +88,44 @@ def test_unchecked_samples_count_as_seen_only_and_excluded_ones_apart():
     assert [metrics[f"filter/{name}"] for name in names] == [6, 1, 0, 2, 2.0, 0.0]
 
 
-def test_reduction_sums_over_ranks_and_leaves_the_own_totals_alone():
-    ranks = [draw(1, 12), draw(2, 8)]
-    both = [FilterStats() for _ in ranks]
-    for stats, rows in zip(both, ranks, strict=True):
+def two_ranks(*parts: list[tuple]):
+    """Statistics of two ranks, and what sums a tensor of the first with that of the second."""
+    both = FilterStats(), FilterStats()
+    for stats, rows in zip(both, parts, strict=True):
         add(stats, rows)
-    other = both[1]._window.clone()
-    assert both[0].compute(lambda own: own + other) == pytest.approx(recount(ranks[0] + ranks[1]), rel=1e-6)
-    assert both[0].totals() == pytest.approx(recount(ranks[0]), rel=1e-6)
+    window, norms = both[1]._window.clone(), both[1]._norms.clone()
+    return *both, lambda own: own + (norms if own.shape == norms.shape else window)
 
 
-def test_state_goes_through_json_and_continues():
-    stats, first, second, third = FilterStats(), draw(1, 30), draw(2, 20), draw(3, 10)
-    add(stats, first)
-    stats.compute()
-    add(stats, second)
-    stats.empty_steps = 7
-    state = json.loads(json.dumps(stats.state_dict()))
+def test_reduction_sums_over_ranks_and_totals_hold_what_was_reported_of_all():
+    ranks = [draw(1, 12), draw(2, 8)]
+    first, _, reduce = two_ranks(*ranks)
+    whole = recount(ranks[0] + ranks[1])
+    assert first.totals(reduce) == pytest.approx(whole, rel=1e-6)
+    assert first.compute(reduce) == pytest.approx(whole, rel=1e-6)
+    assert first.totals() == pytest.approx(whole, rel=1e-6)
 
-    resumed = FilterStats()
-    add(resumed, draw(9, 5))  # gone after loading
-    resumed.load_state_dict(state)
-    assert resumed.compute()["filter/seen"] == 0
-    add(resumed, third)
-    expected = recount(first + second + third) | {"filter/empty_steps": 7}
-    assert resumed.totals() == pytest.approx(expected, rel=1e-6)
-    assert resumed.compute() == pytest.approx(recount(third) | {"filter/empty_steps": 7}, rel=1e-6)
+
+@pytest.mark.parametrize("reported", [True, False])
+def test_state_of_two_ranks_goes_on_in_two_and_in_one(reported):
+    ranks, coming = [spread(1, 12), spread(2, 8)], spread(3, 10)
+    first, _, reduce = two_ranks(*ranks)
+    if reported:
+        first.compute(reduce)
+        first.histograms(reduce)
+        reduce = None  # nothing has come since, at no rank
+    state = json.loads(json.dumps(first.state_dict(reduce)))
+    resumed = FilterStats(), FilterStats()
+    for rank, stats in enumerate(resumed):
+        stats.load_state_dict(state, with_window=rank == 0)
+    add(resumed[1], coming)
+    window, norms = resumed[1]._window.clone(), resumed[1]._norms.clone()
+    alone = [] if reported else ranks[0] + ranks[1]
+    whole = recount(ranks[0] + ranks[1] + coming)
+    found = resumed[0].histograms(lambda own: own + norms)
+    assert found["filter/norm_histogram"] == recounted_histogram(alone + coming)
+    assert resumed[0].compute(lambda own: own + window) == pytest.approx(recount(alone + coming), rel=1e-6)
+    assert resumed[0].totals() == pytest.approx(whole, rel=1e-6)
 
 
 def recounted_histogram(rows: list[tuple], bin: int | None = None, group: int | None = None) -> list[int]:
@@ -179,3 +191,56 @@ def test_reduction_sums_histograms_over_ranks():
     found = both[0].histograms(lambda own: own + other)
     assert found["filter/norm_histogram"] == recounted_histogram(ranks[0] + ranks[1])
     assert both[1].histograms()["filter/norm_histogram"] == recounted_histogram(ranks[1])
+
+
+def halfway() -> tuple[FilterStats, list[tuple], list[tuple]]:
+    """Statistics, the rows of theirs that were reported, and those that were not yet."""
+    stats, reported, waiting = FilterStats(), spread(1, 30), spread(2, 20)
+    add(stats, reported)
+    stats.compute()
+    stats.histograms()
+    add(stats, waiting)
+    stats.empty_steps = 7
+    return stats, reported, waiting
+
+
+def reloaded(stats: FilterStats, **settings) -> FilterStats:
+    fresh = FilterStats()
+    add(fresh, spread(9, 5))  # gone after loading
+    fresh.load_state_dict(json.loads(json.dumps(stats.state_dict())), **settings)
+    return fresh
+
+
+def test_state_goes_through_json_and_continues():
+    stats, reported, waiting = halfway()
+    resumed, coming = reloaded(stats), spread(3, 10)
+    add(resumed, coming)
+    expected = recount(reported + waiting + coming) | {"filter/empty_steps": 7}
+    assert resumed.totals() == pytest.approx(expected, rel=1e-6)
+    assert resumed.histograms()["filter/norm_histogram"] == recounted_histogram(waiting + coming)
+    assert resumed.compute() == pytest.approx(recount(waiting + coming) | {"filter/empty_steps": 7}, rel=1e-6)
+    assert resumed.totals() == pytest.approx(expected, rel=1e-6)
+
+
+def test_nothing_tells_statistics_that_were_reloaded_from_those_that_were_not():
+    stats = halfway()[0]
+    resumed = reloaded(stats)
+    assert resumed.state_dict() == stats.state_dict()
+    for seed in (3, 4):  # in the window that was open, and in the next
+        for each in (stats, resumed):
+            add(each, spread(seed, 10))
+        assert resumed.totals() == stats.totals()
+        assert resumed.histograms() == stats.histograms() != {}
+        assert resumed.compute() == stats.compute()
+
+
+def test_state_without_its_window_leaves_the_totals_only():
+    stats, reported, _ = halfway()
+    resumed, coming = reloaded(stats, with_window=False), spread(3, 10)
+    assert resumed.totals() == pytest.approx(recount(reported) | {"filter/empty_steps": 7}, rel=1e-6)
+    assert resumed.histograms() == {}
+    assert resumed.compute() == recount([]) | {"filter/empty_steps": 7}
+    add(resumed, coming)
+    assert resumed.histograms()["filter/norm_histogram"] == recounted_histogram(coming)
+    assert resumed.compute() == pytest.approx(recount(coming) | {"filter/empty_steps": 7}, rel=1e-6)
+    assert resumed.totals() == pytest.approx(recount(reported + coming) | {"filter/empty_steps": 7}, rel=1e-6)

@@ -14,18 +14,22 @@ class Encoder:
     Captions go through the pipeline's own ``encode_prompt``, so that training sees what generation will; the empty
     prompt is what the pipeline guides away from: for SDXL, where its configuration says so, all zeros.
 
+    The last bits of an encoding depend on how many are made at once, so it is always ``rows``, filled up where fewer are
+    new: an encoding does not depend on what was seen before, and a run that goes on from a checkpoint makes the same.
+
     Args:
         pipeline: a StableDiffusionPipeline or StableDiffusionXLPipeline. Its VAE and text encoders are frozen.
         device: where encoding happens and results live.
         memory: bytes of encodings that are remembered; what does not fit is encoded each time.
+        rows: so many are encoded at once.
     """
 
-    def __init__(self, pipeline, device, memory: int = 1 << 30):
+    def __init__(self, pipeline, device, memory: int = 1 << 30, rows: int = 8):
         self.pipeline, self.vae, self.device = pipeline, pipeline.vae, device
         for name in ("vae", "text_encoder", "text_encoder_2"):
             if (part := getattr(pipeline, name, None)) is not None:
                 part.requires_grad_(False).eval().to(device)
-        self._free = memory
+        self._free, self._rows = memory, rows
         self._pictures: dict[tuple, tuple[Tensor, ...]] = {}  # view -> posterior [2, C, H, W], time_ids [6]
         self._prompts: dict[str, tuple[Tensor, ...]] = {}  # caption -> [L, D] and, for SDXL, pooled [P]
         null = self._encode([""], empty=True)
@@ -100,8 +104,10 @@ class Encoder:
     ) -> tuple[Tensor, ...]:
         found = {name: memory[name] for name in names if name in memory}
         rows = {name: row for row, name in enumerate(names) if name not in found}  # one row for every new name
-        if rows:
-            for name, *parts in zip(rows, *encode(list(rows.values())), strict=True):
+        new = list(rows)
+        for chunk in (new[start : start + self._rows] for start in range(0, len(new), self._rows)):
+            filled = chunk + chunk[-1:] * (self._rows - len(chunk))
+            for name, *parts in zip(chunk, *encode([rows[name] for name in filled]), strict=False):
                 found[name] = tuple(parts)
                 size = sum(part.numel() * part.element_size() for part in parts)
                 if size <= self._free and (remember is None or remember[rows[name]]):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import shutil
 from collections.abc import Sequence
@@ -54,6 +55,13 @@ class Experiment:
     def virtual(self) -> np.ndarray:
         """Row of every virtual sample, int [sum of repeats]."""
         return np.repeat(np.arange(len(self.keys)), self.repeats)
+
+    def fingerprint(self) -> str:
+        """sha256 of keys and repeats: what decides which sample is shown when."""
+        digest = hashlib.sha256(np.ascontiguousarray(self.repeats, dtype="<i8").tobytes())
+        for key in self.keys:
+            digest.update(key.encode() + b"\0")
+        return digest.hexdigest()
 
     def require(self, shards: Shards) -> None:
         """Raises ValueError if a sample of the index is not in the shards."""

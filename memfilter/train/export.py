@@ -46,6 +46,7 @@ def _complete(out: Path, summary: dict, save) -> Path:
     shutil.rmtree(partial, ignore_errors=True)
     save(partial)
     model_card(summary, lora=out.name == LORA).save(partial / "README.md")
+    shutil.rmtree(out, ignore_errors=True)  # of a run that ended between this and its summary, and goes on
     partial.rename(out)
     return out
 

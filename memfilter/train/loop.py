@@ -6,13 +6,13 @@ import json
 import logging
 import os
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict
 from pathlib import Path
 
 import torch
 import yaml
-from accelerate import Accelerator
+from accelerate.utils import gather_object
 from diffusers import DDPMScheduler
 from torch.utils.data import DataLoader
 from tqdm import tqdm
@@ -25,8 +25,11 @@ from memfilter.data.shards import Shards
 from memfilter.files import atomic
 from memfilter.pipelines import ModelError, add_lora, load_pipeline
 from memfilter.preflight import UnsuitableModel, validate
+from memfilter.train.checkpoint import Checkpoints, require_same
+from memfilter.train.engine import Engine, make_accelerator
 from memfilter.train.export import export_lora, export_pipeline
 from memfilter.train.gallery import write_gallery
+from memfilter.train.interruption import EXIT_CODE, Interrupted, Interruption
 from memfilter.train.objective import Objective
 from memfilter.train.optimizer import lr_schedule, make_ema, make_optimizer
 from memfilter.train.tracking import Audit, BadSamples, Tracker, require_wandb
@@ -39,26 +42,35 @@ def train(config: Config, progress: bool = True) -> dict:
     """Fine-tunes as configured and exports a pipeline; returns the summary that is also in ``summary.json``.
 
     Raises:
-        ConfigError, ModelError, ShardError: before the first step, when something cannot be run.
-        ShardError, NonFiniteNorm, EmptySteps: while it runs.
+        ConfigError, ModelError, ShardError, CheckpointError: before the first step, when something cannot be run.
+        ShardError, NonFiniteNorm, EmptySteps, CheckpointError: while it runs.
+        Interrupted: a signal ended it.
     """
+    summary = Path(config.run_dir) / "summary.json"
+    if config.checkpoint.resume and summary.is_file():
+        log.info("%s is finished", config.run_dir)
+        return json.loads(summary.read_text(encoding="utf-8"))
     return Trainer(config).run(progress)
 
 
 class Trainer:
-    """A run. Making it loads and checks everything and writes nothing; `run` does the rest.
+    """A run. Making it loads and checks everything and writes nothing; `run` does the rest. With several processes every
+    one makes it and runs it, and the main one writes.
 
     ``pipeline`` holds the model that is trained, ``objective`` the loss of a batch, ``dataset`` the samples by
-    their position in the stream.
+    their position in the stream, ``seen`` how many of them all processes have seen.
     """
 
     def __init__(self, config: Config):
         check(config)
         self.config, self.run_dir = config, Path(config.run_dir)
-        _require_empty(self.run_dir)
-        require_wandb(config.log)
-        self.accelerator = _accelerator(config)
+        _require_place(self.run_dir, config.checkpoint.resume)
+        self.accelerator = make_accelerator(config)
+        self.main = self.accelerator.is_main_process
+        if self.main:
+            require_wandb(config.log)
         shards, experiment = _open_data(config)
+        self.data = experiment.fingerprint()
 
         # model
         self.pipeline = pipeline = load_pipeline(
@@ -74,7 +86,8 @@ class Trainer:
             _require_backend(config.train.compile)
             pipeline.unet.compile(backend=config.train.compile)
         resolution = _resolution(config, pipeline)
-        encoder = Encoder(pipeline, self.accelerator.device, memory=int(config.data.cache_gb * 2**30))
+        memory = int(config.data.cache_gb * 2**30)
+        encoder = Encoder(pipeline, self.accelerator.device, memory=memory, rows=config.train.batch_size)
         noise_scheduler = DDPMScheduler.from_config(pipeline.scheduler.config)
         self.mem_filter = make_filter(config.filter)
         _validate(config, pipeline, noise_scheduler, resolution)
@@ -82,7 +95,7 @@ class Trainer:
             wrapped = self.mem_filter.wrap(pipeline.unet.train(), null=encoder.null, scheduler=noise_scheduler)
         except ValueError as error:
             raise ModelError(f"model.path: {error}") from error
-        self.trained = [p for p in wrapped.parameters() if p.requires_grad]
+        names = [name for name, p in pipeline.unet.named_parameters() if p.requires_grad]
 
         # data
         self.dataset = SampleDataset(
@@ -95,146 +108,249 @@ class Trainer:
         )
 
         # optimizer
-        optimizer = make_optimizer(self.trained, config.train)
-        self.lr_at = lr_schedule(config.train, optimizer)
-        self.unet, self.optimizer = self.accelerator.prepare(wrapped, optimizer)
-        self.ema = make_ema(self.trained, config.train)
-        self.objective = Objective(config, self.unet, encoder, noise_scheduler, self.mem_filter, resolution)
-        self.skipped_steps = 0
+        processes, micro_batches = self.accelerator.num_processes, config.train.accumulation
+        self.forward_samples = config.train.batch_size * processes
+        self.step_samples = self.forward_samples * micro_batches
+        if config.filter.reduction == "kept" and self.step_samples > config.train.batch_size:
+            log.info("filter.reduction=kept weighs processes and micro-batches alike, however many samples they keep; "
+                     "kept_global weighs samples alike")  # fmt: skip
+        optimizer = make_optimizer([p for p in wrapped.parameters() if p.requires_grad], config.train)
+        self.lr_at = lr_schedule(config.train, optimizer, self.step_samples)
+        self.engine = Engine(self.accelerator, wrapped, optimizer, config.train.max_grad_norm)
+        self.trained = dict(zip(names, self.engine.trained, strict=True))
+        self.ema = make_ema(self.engine.trained, config.train, self.step_samples)
+        self.objective = Objective(
+            config, self.engine.model, encoder, noise_scheduler, self.mem_filter, resolution, self.engine.input_dtype
+        )
+
+        # where it stands
+        self.seen, self.skipped_steps, self.seconds, self.wandb_id = 0, 0, 0.0, None
+        self.window = [0.0, 0.0]  # loss and its weight since the last report, of all processes
+        self._losses: list[tuple[torch.Tensor, torch.Tensor]] = []  # the same, of this process, not yet in the window
+        self.checkpoints = Checkpoints(self.run_dir, config.checkpoint.keep, self.accelerator, self.trained)
+        if config.checkpoint.resume and (found := self.checkpoints.newest()):
+            self._resume(*found)
+        if (config.train.samples - self.seen) % self.step_samples:
+            raise ConfigError(f"train.samples: {config.train.samples - self.seen} samples are left, which must be a multiple "
+                              f"of batch_size x accumulation x processes = {self.step_samples}: the last step would "
+                              "weigh its samples otherwise than the rest")  # fmt: skip
 
     def run(self, progress: bool = True) -> dict:
         """Trains, exports, and returns the summary."""
-        config, accelerator, mem_filter = self.config, self.accelerator, self.mem_filter
-        self.run_dir.mkdir(parents=True, exist_ok=True)
-        with atomic(self.run_dir / "config.yaml") as partial:
-            partial.write_text(yaml.safe_dump(asdict(config), sort_keys=False), encoding="utf-8")
-        tracker = Tracker(self.run_dir, config.log, asdict(config))
-        audit = Audit(self.run_dir / "audit.parquet")
-        bad_samples = BadSamples(self.run_dir / "bad_samples.jsonl", config.data.max_bad_share * config.train.samples)
+        config, mem_filter, engine = self.config, self.mem_filter, self.engine
+        self._open_files()
         # guidance doubles the rows of a picture
-        together = max(1, config.train.batch_size // 2)
         validation = Validation(
-            config.log, self.pipeline, self.unet, self.dataset, self.run_dir / "validation", together
+            config.log,
+            self.pipeline,
+            engine.for_pipeline(),
+            self.dataset,
+            self.run_dir / "validation" if self.main else None,
+            max(1, config.train.batch_size // 2),
         )
-        bar = tqdm(total=config.train.samples, unit="sample", disable=not progress, desc=self.run_dir.name, mininterval=1)
-        losses, kept, seen, failed = [], [], 0, True
-        started = reported = time.perf_counter()
+        bar = tqdm(
+            total=config.train.samples,
+            initial=self.seen,
+            unit="sample",
+            disable=not (progress and self.main),
+            desc=self.run_dir.name,
+            mininterval=1,
+        )
+        exit_code, began_with = 1, self.seconds
+        started = self.reported = time.perf_counter()
+        self.reported_at = self.seen
         try:
-            for batch in self.loader():
-                before, size = seen, len(batch["position"])
-                bad_samples.add(batch)
+            with Interruption(self.accelerator.device).heard() as interruption:
+                for batch in self.loader():
+                    before = self.seen
+                    self.bad_samples.add(batch)
 
-                # gradients
-                with accelerator.accumulate(self.unet):
-                    loss = self.objective(batch)
-                    accelerator.backward(loss)
-                    seen += size
-                    weight = size if config.filter.reduction == "batch" else mem_filter.verdict.keep.sum()
-                    losses.append(loss.detach() * (1 if config.filter.reduction == "kept_global" else weight))
-                    kept.append(torch.as_tensor(weight))
-                    audit.add(batch, mem_filter.verdict)
+                    # gradients
+                    with engine.accumulate():
+                        loss = self.objective(batch)
+                        engine.backward(loss)
+                        self.seen += self.forward_samples
+                        self._note(batch, loss)
 
                     # step
-                    if accelerator.sync_gradients:
-                        self.step(seen)
+                    if self.accelerator.sync_gradients:
+                        self._step()
 
-                # report
-                bar.update(size)
-                if _crosses(config.log.every, before, seen) or seen == config.train.samples:
-                    mean = (torch.stack(losses).sum() / torch.stack(kept).sum().clamp(min=1)).item()
-                    metrics = {"loss": mean, "lr": self.lr_at(seen - 1), "skipped_steps": self.skipped_steps}
-                    metrics |= mem_filter.metrics(accelerator)
-                    metrics["samples_per_second"] = size * len(losses) / (time.perf_counter() - reported)
-                    tracker.log(seen, metrics, mem_filter.histograms(accelerator))
-                    audit.flush()
-                    bar.set_postfix_str(_summary_line(metrics))
-                    losses.clear()
-                    kept.clear()
-                    reported = time.perf_counter()
-                if config.log.validation_every and _crosses(config.log.validation_every, before, seen):
-                    began = time.perf_counter()
-                    with self.averaged():
-                        tracker.images(seen, "validation", validation.run(seen))
-                    reported += time.perf_counter() - began
+                    # report
+                    bar.update(self.forward_samples)
+                    if _crosses(config.log.every, before, self.seen) or self.seen == config.train.samples:
+                        bar.set_postfix_str(_summary_line(self._report()))
+                    if config.log.validation_every and _crosses(config.log.validation_every, before, self.seen):
+                        with self._untimed(), self.averaged():
+                            pictures = validation.run(self.seen)
+                            if self.main:
+                                self.tracker.images(self.seen, "validation", pictures)
 
-            # export
-            seconds = time.perf_counter() - started
-            audit.close()
-            totals = mem_filter.stats.totals() | {"skipped_steps": self.skipped_steps}
-            summary = {"samples": seen, "seconds": seconds, **totals, "config": asdict(config)}
-            if self.ema:
-                self.ema.copy_to(self.trained)
-            export = export_pipeline if config.model.lora_rank is None else export_lora
-            export(self.pipeline, self.pipeline.unet.eval(), self.run_dir, summary)
-            with atomic(self.run_dir / "summary.json") as partial:
-                partial.write_text(json.dumps(summary, indent=1))
-            if config.log.gallery and mem_filter.active:
-                tracker.dropped(seen, write_gallery(self.run_dir, self.dataset, config.log.gallery))
-            failed = False
+                    # checkpoint
+                    self.seconds = began_with + time.perf_counter() - started
+                    if self.accelerator.sync_gradients:
+                        asked, every = interruption.agreed(), config.checkpoint.every
+                        if asked or (every and _crosses(every, self.seen - self.step_samples, self.seen)):
+                            with self._untimed():
+                                saved = self._checkpoint()
+                        if asked:
+                            exit_code = EXIT_CODE
+                            raise Interrupted(f"{asked} after {self.seen} samples: go on from {saved} with "
+                                              "--checkpoint.resume=true")  # fmt: skip
+
+            summary = self._finish()
+            exit_code = 0
         finally:
             bar.close()
-            audit.close()
-            tracker.close(failed)
+            if self.main:
+                with suppress(OSError) if exit_code else nullcontext():  # a full disk has been told of
+                    self.audit.close()
+                    self.bad_samples.write(self.bad_samples.take())
+                self.tracker.close(exit_code)
+        if self.main:
+            with atomic(self.run_dir / "summary.json") as partial:
+                partial.write_text(json.dumps(summary, indent=1))
+            self.audit.discard_parts()
+        self.accelerator.wait_for_everyone()
         return summary
 
     def loader(self) -> DataLoader:
-        """Batches in the order of the stream."""
-        size = self.config.train.batch_size
+        """This process's batches in the order of the stream: neighbours go to neighbours, so that a step sees the same
+        samples however it is split."""
+        size, rank = self.config.train.batch_size, self.accelerator.process_index
         return DataLoader(
             self.dataset,
-            batch_sampler=[range(start, start + size) for start in range(0, self.config.train.samples, size)],
+            batch_sampler=[
+                range(start + rank * size, start + (rank + 1) * size)
+                for start in range(self.seen, self.config.train.samples, self.forward_samples)
+            ],
             collate_fn=collate,
             num_workers=self.config.data.workers,
         )
 
-    def step(self, seen: int) -> None:
-        """One update from the gradients at hand; none where nothing was kept or loss scaling found an overflow."""
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.lr_at(seen - 1)
-        if self.mem_filter.before_step(self.optimizer):
-            self.accelerator.clip_grad_norm_(self.trained, self.config.train.max_grad_norm)
-            self.optimizer.step()
-            if self.accelerator.optimizer_step_was_skipped:
-                self.skipped_steps += 1
-            elif self.ema:
-                self.ema.step(self.trained)
-        self.optimizer.zero_grad(set_to_none=True)
-
     @contextmanager
     def averaged(self):
         """The weights are the averaged ones, and the denoiser is in eval mode, for as long as this lasts."""
-        self.pipeline.unet.eval()
+        self.engine.model.eval()
         if self.ema:
-            self.ema.store(self.trained)
-            self.ema.copy_to(self.trained)
+            self.ema.store(self.engine.trained)
+            self.ema.copy_to(self.engine.trained)
         try:
             yield
         finally:
             if self.ema:
-                self.ema.restore(self.trained)
-            self.pipeline.unet.train()
+                self.ema.restore(self.engine.trained)
+            self.engine.model.train()
+
+    def _open_files(self) -> None:
+        config, run_dir = self.config, self.run_dir
+        if self.main:
+            run_dir.mkdir(parents=True, exist_ok=True)
+            with atomic(run_dir / "config.yaml") as partial:
+                partial.write_text(yaml.safe_dump(asdict(config), sort_keys=False), encoding="utf-8")
+            self.tracker = Tracker(run_dir, config.log, asdict(config), self.seen, self.wandb_id)
+            self.wandb_id = self.tracker.wandb_id
+        self.audit = Audit(run_dir, self.seen, self.main)
+        allowed = config.data.max_bad_share * config.train.samples
+        self.bad_samples = BadSamples(run_dir / "bad_samples.jsonl", allowed, self.seen, self.main)
+
+    def _note(self, batch: dict, loss: torch.Tensor) -> None:
+        """Remembers what a forward brought, on the device."""
+        keep = self.mem_filter.verdict.keep
+        weight = torch.tensor(float(len(keep))) if self.config.filter.reduction == "batch" else keep.sum()
+        self._losses.append((loss.detach() * (1 if self.config.filter.reduction == "kept_global" else weight), weight))
+        self.audit.add(batch, self.mem_filter.verdict)
+
+    def _step(self) -> None:
+        """One update from the gradients at hand; none where nothing was kept or loss scaling found an overflow."""
+        done = self.engine.step(self.mem_filter, self.lr_at(self.seen - 1))
+        if done is None:
+            self.skipped_steps += 1
+        elif done and self.ema:
+            self.ema.step(self.engine.trained)
+
+    def _collect(self) -> None:
+        """Brings together what the processes noted since the last time: losses in the window, rows in the files."""
+        noted, self._losses = self._losses, []
+        window = [torch.stack(values).cpu().double().sum().item() for values in zip(*noted, strict=True)] or [0.0, 0.0]
+        windows, rows, bad = zip(*gather_object([(window, self.audit.take(), self.bad_samples.take())]), strict=True)
+        self.window = [sum(values) for values in zip(self.window, *windows, strict=True)]
+        if self.main:
+            self.audit.write(rows)
+        self.bad_samples.write([facts for found in bad for facts in found])
+
+    def _report(self) -> dict[str, float]:
+        self._collect()
+        metrics = {"loss": self.window[0] / max(self.window[1], 1), "lr": self.lr_at(self.seen - 1)}
+        metrics |= {"skipped_steps": self.skipped_steps} | self.mem_filter.metrics(self.accelerator)
+        metrics["samples_per_second"] = (self.seen - self.reported_at) / (time.perf_counter() - self.reported)
+        histograms = self.mem_filter.histograms(self.accelerator)
+        if self.main:
+            self.tracker.log(self.seen, metrics, histograms)
+        self.window, self.reported, self.reported_at = [0.0, 0.0], time.perf_counter(), self.seen
+        return metrics
+
+    @contextmanager
+    def _untimed(self):
+        """What happens here does not count into samples per second."""
+        began = time.perf_counter()
+        yield
+        self.reported += time.perf_counter() - began
+
+    def _checkpoint(self) -> Path:
+        self._collect()
+        state = {
+            "filter": self.mem_filter.state_dict(self.accelerator),
+            "window": self.window,
+            "skipped_steps": self.skipped_steps,
+            "ema_steps": self.ema.optimization_step if self.ema else 0,
+            "seconds": self.seconds,
+            "wandb_id": self.wandb_id,
+            "data": self.data,
+            "config": asdict(self.config),
+        }
+        if self.main:
+            self.audit.cut(self.seen)
+        return self.checkpoints.save(self.seen, state, self.ema.shadow_params if self.ema else None)
+
+    def _resume(self, path: Path, state: dict) -> None:
+        require_same(path, state, self.config, self.data)
+        average = self.checkpoints.load(path, state)
+        if self.ema:
+            self.ema.shadow_params, self.ema.optimization_step = average, state["ema_steps"]
+        self.mem_filter.load_state_dict(state["filter"], self.accelerator)
+        self.seen, self.window, self.skipped_steps = state["samples"], state["window"], state["skipped_steps"]
+        self.seconds, self.wandb_id = state["seconds"], state["wandb_id"]
+        log.info("goes on from %s", path)
+
+    def _finish(self) -> dict:
+        """Exports, and draws the gallery; returns the summary."""
+        config = self.config
+        totals = self.mem_filter.stats.totals() | {"skipped_steps": self.skipped_steps}
+        summary = {"samples": self.seen, "seconds": self.seconds, **totals, "config": asdict(config)}
+        weights = self.ema.shadow_params if self.ema else self.engine.full_weights()
+        for name, whole in zip(self.trained, weights, strict=True):
+            if self.main:
+                owner, _, leaf = name.rpartition(".")
+                setattr(self.pipeline.unet.get_submodule(owner), leaf, torch.nn.Parameter(whole, requires_grad=False))
+        if self.main:
+            self.audit.close()
+            export = export_pipeline if config.model.lora_rank is None else export_lora
+            export(self.pipeline, self.pipeline.unet.eval(), self.run_dir, summary)
+            if config.log.gallery and self.mem_filter.active:
+                self.tracker.dropped(self.seen, write_gallery(self.run_dir, self.dataset, config.log.gallery))
+        return summary
 
 
-def _accelerator(config: Config) -> Accelerator:
-    accelerator = Accelerator(
-        mixed_precision=config.train.mixed_precision, gradient_accumulation_steps=config.train.accumulation
-    )
-    if accelerator.num_processes > 1:
-        raise ConfigError(f"training runs in one process, found {accelerator.num_processes}: --num_processes 1")
-    if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":
-        # accelerate takes fp16 on a CPU for fp32, without a word; torch can do it
-        accelerator.native_amp, accelerator.scaler = True, torch.amp.GradScaler("cpu")
-    return accelerator
-
-
-def _require_empty(run_dir: Path) -> None:
+def _require_place(run_dir: Path, resume: bool) -> None:
     try:
         found = run_dir.exists() and any(run_dir.iterdir())
         parent = next(path for path in (run_dir, *run_dir.absolute().parents) if path.exists())
     except OSError as error:
         raise ConfigError(f"run_dir: {run_dir} cannot be a directory: {error}") from error
-    if found:
-        raise ConfigError(f"run_dir: {run_dir} is not empty; remove it or choose another")
+    if found and not resume:
+        raise ConfigError(f"run_dir: {run_dir} is not empty; remove it, choose another, or go on from its last checkpoint "
+                          "with checkpoint.resume=true")  # fmt: skip
     if not parent.is_dir() or not os.access(parent, os.W_OK):
         raise ConfigError(f"run_dir: {run_dir} cannot be made in {parent}")
 

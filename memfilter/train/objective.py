@@ -18,14 +18,25 @@ class Objective:
     Args:
         unet: wrapped by ``mem_filter`` and prepared.
         resolution: of the pictures, in pixels.
+        input_dtype: of latents and embeddings, where the denoiser does not cast them itself.
     """
 
-    def __init__(self, config: Config, unet, encoder: Encoder, noise_scheduler, mem_filter: MemFilter, resolution: int):
+    def __init__(
+        self,
+        config: Config,
+        unet,
+        encoder: Encoder,
+        noise_scheduler,
+        mem_filter: MemFilter,
+        resolution: int,
+        input_dtype: torch.dtype | None = None,
+    ):
         self.seed = config.train.seed
         self.unet, self.encoder, self.mem_filter = unet, encoder, mem_filter
         self.noise_scheduler = noise_scheduler
         self.caption_dropout = config.data.caption_dropout
         self.remember_pictures = not config.data.random_crop
+        self.input_dtype = input_dtype or torch.float32
         self.noise_offset = config.train.noise_offset
         side = resolution // encoder.pipeline.vae_scale_factor
         self.latent_shape = (encoder.vae.config.latent_channels, side, side)
@@ -61,7 +72,8 @@ class Objective:
             caption_dropped=[not caption for caption in captions],
             excluded=[bad is not None for bad in batch["bad"]],
         )
-        out = self.unet(noisy_latents, timesteps, **conditions)
+        conditions["encoder_hidden_states"] = conditions["encoder_hidden_states"].to(self.input_dtype)
+        out = self.unet(noisy_latents.to(self.input_dtype), timesteps, **conditions)
         weight = None if self.weights is None else self.weights[timesteps]
         return self.mem_filter.loss(out.sample, self.target(latents, noise, timesteps), weight)
 

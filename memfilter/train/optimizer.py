@@ -11,19 +11,23 @@ from diffusers.training_utils import EMAModel
 from memfilter.config import ConfigError, TrainConfig
 
 
+_BITSANDBYTES = {"adamw_8bit": "AdamW8bit", "paged_adamw": "PagedAdamW", "paged_adamw_8bit": "PagedAdamW8bit"}
+
+
 def make_optimizer(parameters: Iterable[torch.nn.Parameter], config: TrainConfig) -> torch.optim.Optimizer:
-    """AdamW, or bitsandbytes' with 8 bits of state.
+    """AdamW, or one of bitsandbytes'.
 
     Raises:
         ConfigError: bitsandbytes is not installed.
     """
     kind = torch.optim.AdamW
-    if config.optimizer == "adamw_8bit":
+    if config.optimizer != "adamw":
         try:
-            from bitsandbytes.optim import AdamW8bit as kind
+            from bitsandbytes import optim
         except ImportError as error:
-            raise ConfigError(f"train.optimizer=adamw_8bit needs bitsandbytes ({error}): "
+            raise ConfigError(f"train.optimizer={config.optimizer} needs bitsandbytes ({error}): "
                               "pip install '.[8bit]'") from error  # fmt: skip
+        kind = getattr(optim, _BITSANDBYTES[config.optimizer])
     return kind(
         parameters,
         lr=config.learning_rate,
@@ -33,9 +37,14 @@ def make_optimizer(parameters: Iterable[torch.nn.Parameter], config: TrainConfig
     )
 
 
-def lr_schedule(config: TrainConfig, optimizer: torch.optim.Optimizer) -> Callable[[int], float]:
-    """Samples seen before -> learning rate. A pure function: what no step was made for needs no catching up."""
-    step_samples = config.batch_size * config.accumulation
+def lr_schedule(
+    config: TrainConfig, optimizer: torch.optim.Optimizer, step_samples: int
+) -> Callable[[int], float]:
+    """Samples seen before -> learning rate. A pure function: what no step was made for needs no catching up.
+
+    Args:
+        step_samples: samples of one optimizer step, over all processes.
+    """
     schedule = get_scheduler(
         config.lr_schedule,
         optimizer,
@@ -57,11 +66,16 @@ def _rules_in_steps(rules: str | None, step_samples: int) -> str | None:
     return ",".join([*(f"{factor}:{-(-int(samples) // step_samples)}" for factor, samples in halves), last])
 
 
-def make_ema(parameters: list[torch.nn.Parameter], config: TrainConfig) -> EMAModel | None:
-    """The average that is exported, or None. Its decay is that of ``ema_half_life``, whatever a step's batch is."""
+def make_ema(parameters: list[torch.nn.Parameter], config: TrainConfig, step_samples: int) -> EMAModel | None:
+    """The average that is exported, in fp32, or None. Its decay is that of ``ema_half_life``, whatever a step's batch is.
+
+    Args:
+        step_samples: samples of one optimizer step, over all processes.
+    """
     if not config.ema_half_life:
         return None
-    decay = 0.5 ** (config.batch_size * config.accumulation / config.ema_half_life)
-    # the shadow takes the dtype of the weights, and what is trained is fp32: low-precision averages lose updates
-    # and diffusers raises the decay step by step unless the least is given too, which is no function of samples
-    return EMAModel(parameters, decay=decay, min_decay=decay, use_ema_warmup=False)
+    decay = 0.5 ** (step_samples / config.ema_half_life)
+    # diffusers raises the decay step by step unless the least is given too, which is no function of samples
+    ema = EMAModel(parameters, decay=decay, min_decay=decay, use_ema_warmup=False)
+    ema.to(dtype=torch.float32)  # low-precision averages lose updates; DeepSpeed trains bf16 weights
+    return ema

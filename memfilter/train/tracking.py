@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +16,7 @@ import torch
 
 from memfilter.config import ConfigError, LogConfig
 from memfilter.data.shards import ShardError
+from memfilter.files import atomic
 from memfilter.filter import Verdict
 from memfilter.stats import HISTOGRAM_EDGES
 
@@ -28,61 +32,136 @@ AUDIT_SCHEMA = pa.schema(
 )
 
 
-class Audit:
-    """One row for every checked sample. Tensors stay on their device until `flush`; the file appears when closed.
+def keep_lines(path: Path, wanted: Callable[[dict], bool], writes: bool = True) -> list[dict]:
+    """Drops the lines of a JSONL file that are not wanted, and what was cut short; returns the others.
 
-    A run that is killed leaves ``.audit.parquet.partial``.
+    Args:
+        writes: False leaves the file as it is.
+    """
+    if not path.exists():
+        return []
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        with suppress(json.JSONDecodeError):
+            facts = json.loads(line)
+            if wanted(facts):
+                kept.append((line, facts))
+    if writes:
+        with atomic(path) as partial:
+            partial.write_text("".join(f"{line}\n" for line, _ in kept), encoding="utf-8")
+    return [facts for _, facts in kept]
+
+
+class Audit:
+    """One row for every checked sample. Tensors stay on their device until `take`.
+
+    Every rank adds and takes; one of them writes, and makes the file when all is there. Until then rows are in
+    ``audit/``, in parts that end at checkpoints: a run that goes on from a checkpoint keeps the parts that began before.
+
+    Args:
+        start: samples seen before.
+        writes: whether this rank is the one.
     """
 
-    def __init__(self, path: Path):
-        self._path, self._partial = path, path.with_name(f".{path.name}.partial")
-        self._writer = pq.ParquetWriter(self._partial, AUDIT_SCHEMA)
+    def __init__(self, run_dir: Path, start: int = 0, writes: bool = True):
+        self._path, self._parts = run_dir / "audit.parquet", run_dir / "audit"
+        self._writer: pq.ParquetWriter | None = None
+        self._part = self._parts / f"{start:012d}.parquet"
         self._pending: list[tuple[dict, Verdict]] = []
+        if writes:
+            self._parts.mkdir(exist_ok=True)
+            for part in (*self._parts.glob(".*.partial"), *self._parts.glob("*.parquet")):
+                if part.suffix == ".partial" or int(part.stem) >= start:
+                    part.unlink()
 
     def add(self, batch: dict, verdict: Verdict) -> None:
         facts = {name: batch[name] for name in ("position", "key", "duplicate")}
         self._pending.append((facts, verdict))
 
-    def flush(self) -> None:
+    def take(self) -> pa.Table:
+        """The rows that were added since the last call."""
         if not self._pending:
-            return
+            return AUDIT_SCHEMA.empty_table()
         facts, verdicts = zip(*self._pending, strict=True)
         checked = torch.cat([v.checked for v in verdicts]).cpu().numpy()
         columns = {name: [value for fact in facts for value in fact[name]] for name in facts[0]}
         columns["timestep"] = torch.cat([v.timesteps for v in verdicts]).int().cpu().numpy()
         columns["text_norm"] = torch.cat([v.text_norm for v in verdicts]).float().cpu().numpy()
         columns["keep"] = torch.cat([v.keep for v in verdicts]).cpu().numpy()
-        self._writer.write_table(pa.table(columns, schema=AUDIT_SCHEMA).filter(pa.array(checked)))
         self._pending.clear()
+        return pa.table(columns, schema=AUDIT_SCHEMA).filter(pa.array(checked))
+
+    def write(self, tables: list[pa.Table]) -> None:
+        """Takes in what the ranks have taken."""
+        table = pa.concat_tables(tables)
+        if len(table):
+            if self._writer is None:
+                self._writer = pq.ParquetWriter(_partial(self._part), AUDIT_SCHEMA)
+            self._writer.write_table(table.sort_by("position"))
+
+    def cut(self, samples: int) -> None:
+        """Ends a part; the next begins after so many samples."""
+        if self._writer is not None:
+            self._writer.close()
+            os.replace(_partial(self._part), self._part)
+        self._writer, self._part = None, self._parts / f"{samples:012d}.parquet"
 
     def close(self) -> None:
-        if self._writer.is_open:
-            self.flush()
-            self._writer.close()
-            os.replace(self._partial, self._path)
+        """Makes the file of all parts."""
+        self.write([self.take()])
+        self.cut(0)
+        with atomic(self._path) as partial, pq.ParquetWriter(partial, AUDIT_SCHEMA) as writer:
+            for part in sorted(self._parts.glob("*.parquet")):
+                with pq.ParquetFile(part) as file:
+                    for group in range(file.num_row_groups):
+                        writer.write_table(file.read_row_group(group))
+
+    def discard_parts(self) -> None:
+        """For when nothing is left that could go wrong."""
+        shutil.rmtree(self._parts, ignore_errors=True)
+
+
+def _partial(path: Path) -> Path:
+    return path.with_name(f".{path.name}.partial")
 
 
 class BadSamples:
-    """Samples that could not be read, one line of JSON for each, as they come. The file is made for the first one.
+    """Samples that could not be read, one line of JSON for each. The file is made for the first one.
+
+    Every rank adds and takes, and raises when it knows of too many; one of them writes.
 
     Args:
         allowed: more of them end the run.
+        start: samples seen before.
+        writes: whether this rank is the one.
     """
 
-    def __init__(self, path: Path, allowed: float):
-        self._path, self._allowed = path, allowed
-        self._found: list[str] = []
+    def __init__(self, path: Path, allowed: float, start: int = 0, writes: bool = True):
+        self._path, self._allowed, self._writes = path, allowed, writes
+        self._found = [facts["bad"] for facts in keep_lines(path, lambda facts: facts["position"] < start, writes)]
+        self._pending: list[dict] = []
 
     def add(self, batch: dict) -> None:
         """Raises ShardError with the list when there are too many."""
-        rows = [row for row, reason in enumerate(batch["bad"]) if reason is not None]
-        if not rows:
+        for row, reason in enumerate(batch["bad"]):
+            if reason is not None:
+                self._pending.append({name: batch[name][row] for name in ("position", "key", "bad")})
+        if len(self._found) + len(self._pending) > self._allowed:
+            self.write(self.take())
+
+    def take(self) -> list[dict]:
+        """What was added since the last call."""
+        taken, self._pending = self._pending, []
+        return taken
+
+    def write(self, found: list[dict]) -> None:
+        """Takes in what the ranks have taken; raises like `add`."""
+        if not found:
             return
-        with self._path.open("a") as file:
-            for row in rows:
-                facts = {name: batch[name][row] for name in ("position", "key", "bad")}
-                file.write(json.dumps(facts) + "\n")
-                self._found.append(facts["bad"])
+        if self._writes:
+            with self._path.open("a", encoding="utf-8") as file:
+                file.writelines(json.dumps(facts) + "\n" for facts in sorted(found, key=lambda facts: facts["position"]))
+        self._found += [facts["bad"] for facts in found]
         if len(self._found) > self._allowed:
             listed = list(dict.fromkeys(self._found))
             more = [f"and {len(listed) - 10} more, see {self._path}"] if len(listed) > 10 else []
@@ -106,24 +185,41 @@ def require_wandb(config: LogConfig) -> None:
 
 
 class Tracker:
-    """Metrics and pictures by the number of samples seen: metrics.jsonl, and W&B and TensorBoard when asked."""
+    """Metrics and pictures by the number of samples seen: metrics.jsonl, and W&B and TensorBoard when asked.
 
-    def __init__(self, run_dir: Path, config: LogConfig, run_config: dict):
-        self._file = (run_dir / "metrics.jsonl").open("w", buffering=1)
+    Args:
+        start: samples seen before; what was written after them is written again.
+        wandb_id: of the W&B run that goes on, None for a new one.
+    """
+
+    def __init__(self, run_dir: Path, config: LogConfig, run_config: dict, start: int = 0, wandb_id: str | None = None):
+        keep_lines(run_dir / "metrics.jsonl", lambda facts: facts["samples"] <= start)
+        self._file = (run_dir / "metrics.jsonl").open("a", buffering=1)
         self._wandb = self._tensorboard = None
         if config.wandb != "disabled":
             import wandb
 
             try:
+                # its history takes no step twice: what is logged again after a resume is what it has already
                 self._wandb = wandb.init(
-                    project=config.project, mode=config.wandb, dir=str(run_dir), name=run_dir.name, config=run_config
+                    project=config.project,
+                    mode=config.wandb,
+                    dir=str(run_dir),
+                    name=run_dir.name,
+                    config=run_config,
+                    id=wandb_id,
+                    resume=None if wandb_id is None else "allow",
                 )
             except (wandb.Error, OSError) as error:
                 raise ConfigError(f"log.wandb={config.wandb}: {' '.join(str(error).split())}") from error
         if config.tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 
-            self._tensorboard = SummaryWriter(str(run_dir / "tensorboard"))
+            self._tensorboard = SummaryWriter(str(run_dir / "tensorboard"), purge_step=start + 1)
+
+    @property
+    def wandb_id(self) -> str | None:
+        return self._wandb and self._wandb.id
 
     def log(self, samples: int, metrics: dict[str, float], histograms: dict[str, list[int]]) -> None:
         """One point of every curve; histograms are those of `FilterStats.histograms`."""
@@ -181,12 +277,12 @@ class Tracker:
                 table.add_data(picture, *(row[name] for name in columns))
             self._wandb.log({"filter/dropped_most": table}, step=samples)
 
-    def close(self, failed: bool = False) -> None:
+    def close(self, exit_code: int = 0) -> None:
         self._file.close()
         if self._tensorboard:
             self._tensorboard.close()
         if self._wandb:
-            self._wandb.finish(exit_code=int(failed))
+            self._wandb.finish(exit_code=exit_code)
 
 
 def _as_text(caption: str) -> str:

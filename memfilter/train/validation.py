@@ -25,10 +25,11 @@ class Validation:
 
     Args:
         unet: the denoiser as training calls it.
+        out: None generates and writes nothing: ranks that share a denoiser must all generate.
         batch_size: pictures at a time.
     """
 
-    def __init__(self, config: LogConfig, pipeline, unet, dataset: SampleDataset, out: Path, batch_size: int):
+    def __init__(self, config: LogConfig, pipeline, unet, dataset: SampleDataset, out: Path | None, batch_size: int):
         self._config, self._out, self._batch_size = config, out, batch_size
         self._pipeline = copy.copy(pipeline)
         self._pipeline.unet = unet  # as it trains: what runs in half precision does so here too, and nothing else does
@@ -60,6 +61,8 @@ class Validation:
             progress=False,
         )
         rows = [np.concatenate([known, *made], 1) for (_, known), made in zip(self._rows, generations, strict=True)]
+        if self._out is None:
+            return []
         self._out.mkdir(exist_ok=True)
         with atomic(self._out / "prompts.txt") as partial:
             partial.write_text("".join(f"{' '.join(prompt.split())}\n" for prompt in prompts), encoding="utf-8")

@@ -1,3 +1,5 @@
+import random
+
 import numpy as np
 import pytest
 import tiny
@@ -31,19 +33,27 @@ def pipelines(tmp_path_factory):
 
 @pytest.fixture
 def encoder(pipelines):
-    """Factory: an encoder, and lists that grow by the batch size of every run of the VAE and of the text encoder."""
+    """Factory: an encoder, and lists that grow by how many new ones every run of VAE and text encoder is for."""
     hooks = []
+
+    def note(runs: list[int]):
+        return lambda module, args: runs.append(without_filling(args[0]))
 
     def make(family: str = "sd1", **settings):
         pipeline = pipelines(family)
         encoder, runs = Encoder(pipeline, "cpu", **settings), ([], [])
-        hooks.append(pipeline.vae.encoder.register_forward_hook(lambda m, args, out: runs[0].append(len(out))))
-        hooks.append(pipeline.text_encoder.register_forward_hook(lambda m, args, out: runs[1].append(len(out[0]))))
+        for part, numbers in zip((pipeline.vae.encoder, pipeline.text_encoder), runs, strict=True):
+            hooks.append(part.register_forward_pre_hook(note(numbers)))
         return encoder, *runs
 
     yield make
     for hook in hooks:
         hook.remove()
+
+
+def without_filling(rows: torch.Tensor) -> int:
+    """How many rows there are up to the first of those at the end that are all the same."""
+    return max((i for i, row in enumerate(rows) if not torch.equal(row, rows[-1])), default=-1) + 2
 
 
 @pytest.fixture
@@ -90,6 +100,12 @@ def fresh_prompt(pipeline, caption):
         return (pipeline.text_encoder(ids)[0][0],)
     outputs = [encoder(ids, output_hidden_states=True) for encoder in (pipeline.text_encoder, pipeline.text_encoder_2)]
     return torch.cat([output.hidden_states[-2] for output in outputs], -1)[0], outputs[1][0][0]
+
+
+def encodings_of(encoder, batch: dict, captions: list[str], draw) -> list[torch.Tensor]:
+    """Latents and what becomes of the captions, each [B, ...]."""
+    latents, named = latents_of(encoder, batch, draw), encoder.prompts(captions)
+    return [latents, named["encoder_hidden_states"], *named.get("added_cond_kwargs", {}).values()]
 
 
 def close(found, expected):
@@ -155,6 +171,48 @@ def test_views_of_one_picture_are_encoded_apart(pipelines, encoder, pixels):
     for _ in range(2):
         close(latents_of(memory, batch(pixels, views)), expected)
     assert vae_runs == [4] and memory.remembered == set(views)
+
+
+@pytest.mark.parametrize(
+    ("rows", "expected"),
+    [(1, [[0], [1], [2], [3]]), (3, [[0, 1, 2], [3, 3, 3]]), (4, [[0, 1, 2, 3]]), (6, [[0, 1, 2, 3, 3, 3]])],
+)  # fmt: skip
+def test_so_many_are_encoded_at_once_and_the_last_new_one_fills_up(pipelines, pixels, rows, expected):
+    pipeline, captions = pipelines("sd1"), ["a", "b", "a cat", "a dog"]
+    memory, inputs = Encoder(pipeline, "cpu", rows=rows), ([], [])
+    hooks = [part.register_forward_pre_hook(lambda m, args, seen=seen: seen.append(args[0]))
+             for part, seen in zip((pipeline.vae.encoder, pipeline.text_encoder), inputs, strict=True)]  # fmt: skip
+    try:
+        latents = latents_of(memory, take(batch(pixels), [0, 0, 1, 2, 3, 1]))
+        embeds = memory.prompts([captions[0], *captions, ""])["encoder_hidden_states"]
+    finally:
+        for hook in hooks:
+            hook.remove()
+    ids = pipeline.tokenizer(captions, padding="max_length", max_length=32, return_tensors="pt").input_ids
+    for seen, all_rows in zip(inputs, (pixels, ids), strict=True):
+        assert len(seen) == len(expected)
+        assert all(torch.equal(found, all_rows[order]) for found, order in zip(seen, expected, strict=True))
+    close(latents, fresh_latents(pipeline, pixels[[0, 0, 1, 2, 3, 1]]))
+    close(embeds, torch.stack([fresh_prompt(pipeline, caption)[0] for caption in (captions[0], *captions, "")]))
+
+
+@pytest.mark.parametrize("family", ["sd1", "sdxl"])
+def test_encoding_depends_neither_on_what_else_is_in_its_batch_nor_on_what_is_remembered(encoder, family):
+    count, rng = 12, random.Random(0)
+    full = batch(torch.rand(count, 3, 16, 16) * 2 - 1)
+    captions, draw = [f"poster no {i}" + " on red" * i for i in range(count)], torch.randn(count, 4, 8, 8)
+
+    def encode(memory: Encoder, order: list[int]) -> list[torch.Tensor]:
+        return encodings_of(memory, take(full, order), [captions[i] for i in order], draw[order])
+
+    alone = [encode(encoder(family)[0], [i]) for i in range(count)]
+    for before in range(count):
+        memory = encoder(family, memory=rng.choice([0, 1 << 30]))[0]
+        encode(memory, rng.sample(range(count), before) or [0])
+        order = rng.choices(range(count), k=rng.randint(2, count))
+        expected = [torch.cat(parts) for parts in zip(*(alone[i] for i in order), strict=True)]
+        for found, part in zip(encode(memory, order), expected, strict=True):
+            assert torch.equal(found, part), (before, order)
 
 
 @pytest.mark.parametrize("limit", [0, 1, 3])

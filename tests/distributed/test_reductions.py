@@ -110,3 +110,56 @@ def _rank(make_unet, make_batch, taus: dict[str, float]) -> None:
 
 def test_two_ranks_give_the_gradients_of_one_process(tiny_unet, tiny_batch):
     debug_launcher(_rank, args=(tiny_unet, tiny_batch, thresholds(tiny_unet, tiny_batch)), num_processes=2)
+
+
+def _sharded_rank(make_unet, make_batch, taus: dict[str, float]) -> None:
+    from torch.distributed.fsdp import fully_shard
+
+    torch.set_num_threads(1)
+    if not dist.is_initialized():
+        dist.init_process_group("gloo")
+    assert dist.get_world_size() == 2
+    mesh = dist.device_mesh.init_device_mesh("cpu", (2,))
+
+    def sharded(tau: float):
+        mem_filter = MemFilter(tau, reduction="kept_global")
+        unet = mem_filter.wrap(make_unet(), null=torch.zeros(5, 16))
+        for block in (*unet.unet.down_blocks, *unet.unet.up_blocks, unet):
+            fully_shard(block, mesh=mesh)
+        assert all(isinstance(p, dist.tensor.DTensor) for p in unet.parameters())
+        return unet, mem_filter, torch.optim.SGD(unet.parameters(), lr=0.1)
+
+    def mine(batch):
+        return [part[dist.get_rank() * BATCH // 2 :][: BATCH // 2] for part in batch]
+
+    for tau in taus.values():
+        batch = make_batch(7, BATCH)
+        found = gradients(*sharded(tau), [mine(batch)], torch.Tensor.backward)
+        whole = [None if gradient is None else gradient.full_tensor() for gradient in found]
+        assert_same(whole, expected(make_unet, batch, tau))
+
+    unet, mem_filter, optimizer = sharded(taus["one side"])
+    kept = train(unet, mem_filter, optimizer, lambda seed: mine(make_batch(seed, BATCH)))
+    one_filter = MemFilter(taus["one side"], reduction="kept_global")
+    one = one_filter.wrap(make_unet(), null=torch.zeros(5, 16))
+    wanted = train(one, one_filter, torch.optim.SGD(one.parameters(), lr=0.1), lambda seed: make_batch(seed, BATCH))
+    assert torch.equal(kept, wanted.chunk(2, dim=1)[dist.get_rank()])
+    halves = wanted.unflatten(1, (2, -1)).any(2)  # [steps, ranks]
+    assert not halves.any(1).all() and (halves[:, 0] != halves[:, 1]).any()
+    for sharded_weight, weight in zip(unet.parameters(), one.parameters(), strict=True):
+        torch.testing.assert_close(sharded_weight.full_tensor(), weight, rtol=0, atol=1e-6)
+
+
+def train(unet, mem_filter, optimizer, batch_of, steps: int = 30) -> torch.Tensor:
+    """What was kept, bool [steps, samples]."""
+    kept = []
+    for seed in range(steps):
+        gradients(unet, mem_filter, optimizer, [batch_of(seed)], torch.Tensor.backward)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        kept.append(mem_filter.verdict.keep)
+    return torch.stack(kept)
+
+
+def test_two_ranks_with_sharded_weights_give_the_gradients_of_one_process(tiny_unet, tiny_batch):
+    debug_launcher(_sharded_rank, args=(tiny_unet, tiny_batch, thresholds(tiny_unet, tiny_batch)), num_processes=2)

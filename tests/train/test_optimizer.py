@@ -1,10 +1,11 @@
 """Learning rates, the average and the optimizer, in samples, against diffusers and plain numpy."""
 
-from typing import get_args
+from typing import get_args, get_type_hints
 
 import numpy as np
 import pytest
 import torch
+from bitsandbytes import optim as bitsandbytes
 from diffusers.optimization import get_scheduler
 
 from memfilter.config import Config, DataConfig, FilterConfig, LRSchedule, TrainConfig
@@ -18,6 +19,12 @@ SETTINGS = {
     "cosine_with_restarts": {"warmup_samples": 40, "lr_cycles": 3},
     "polynomial": {"warmup_samples": 40, "lr_power": 2.0},
 }
+KINDS = {
+    "adamw": torch.optim.AdamW,
+    "adamw_8bit": bitsandbytes.AdamW8bit,
+    "paged_adamw": bitsandbytes.PagedAdamW,
+    "paged_adamw_8bit": bitsandbytes.PagedAdamW8bit,
+}
 
 
 def config_of(schedule, **settings):
@@ -25,10 +32,10 @@ def config_of(schedule, **settings):
     return TrainConfig(samples=SAMPLES, learning_rate=LR, lr_schedule=schedule, **settings)
 
 
-def rates(config):
+def rates(config, processes=1):
     """Learning rate for every number of samples seen before."""
     optimizer = make_optimizer([torch.nn.Parameter(torch.zeros(1))], config)
-    at = lr_schedule(config, optimizer)
+    at = lr_schedule(config, optimizer, config.batch_size * config.accumulation * processes)
     return [at(samples) for samples in range(config.samples)]
 
 
@@ -50,7 +57,10 @@ def test_learning_rate_is_that_of_the_schedule_of_diffusers_stepped_one_by_one(s
 
 @pytest.mark.parametrize("schedule", get_args(LRSchedule))
 def test_learning_rate_at_a_sample_does_not_depend_on_how_a_step_is_split(schedule):
-    assert rates(config_of(schedule, batch_size=2, accumulation=2)) == rates(config_of(schedule))
+    whole = rates(config_of(schedule))
+    assert rates(config_of(schedule, batch_size=2, accumulation=2)) == whole
+    assert rates(config_of(schedule, batch_size=2), processes=2) == whole
+    assert rates(config_of(schedule, batch_size=1, accumulation=2), processes=2) == whole
 
 
 def test_rules_hold_up_to_their_samples_whatever_the_step():
@@ -63,9 +73,9 @@ def test_rules_hold_up_to_their_samples_whatever_the_step():
 
 
 def test_average_is_that_of_plain_numpy_with_the_half_life_in_samples():
-    config, generator = TrainConfig(samples=600, batch_size=2, accumulation=3, ema_half_life=90), torch.Generator()
+    generator = torch.Generator()
     weights = [torch.nn.Parameter(torch.randn(5, generator=generator)) for _ in range(2)]
-    ema, expected = make_ema(weights, config), None
+    ema, expected = make_ema(weights, TrainConfig(ema_half_life=90), step_samples=6), None
     for step in range(100):
         with torch.no_grad():
             for weight in weights:
@@ -77,28 +87,41 @@ def test_average_is_that_of_plain_numpy_with_the_half_life_in_samples():
     np.testing.assert_allclose(np.stack([s.numpy() for s in ema.shadow_params]), expected, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize(("batch_size", "accumulation"), [(1, 1), (5, 2)])
-def test_weight_of_old_is_half_its_own_after_the_half_life(batch_size, accumulation):
-    half_life, step = 200, batch_size * accumulation
+@pytest.mark.parametrize(("batch_size", "accumulation", "processes"), [(1, 1, 1), (5, 2, 1), (5, 2, 4)])
+def test_weight_of_old_is_half_its_own_after_the_half_life(batch_size, accumulation, processes):
+    half_life, step = 200, batch_size * accumulation * processes
+    config = TrainConfig(batch_size=batch_size, accumulation=accumulation, ema_half_life=half_life)
     weight = torch.nn.Parameter(torch.ones(1))
-    ema = make_ema([weight], TrainConfig(batch_size=batch_size, accumulation=accumulation, ema_half_life=half_life))
+    ema = make_ema([weight], config, step)
     ema.step([weight])
     with torch.no_grad():
         weight.zero_()
     for _ in range(half_life // step):
         ema.step([weight])
     assert ema.shadow_params[0].item() == pytest.approx(0.5, rel=1e-3)
-    assert make_ema([weight], TrainConfig(ema_half_life=0)) is None
+    assert make_ema([weight], TrainConfig(ema_half_life=0), step) is None
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "adamw_8bit"])
+def test_average_of_bf16_weights_is_kept_in_fp32():
+    weight = torch.nn.Parameter(torch.ones(3, dtype=torch.bfloat16))
+    ema = make_ema([weight], TrainConfig(ema_half_life=1000), step_samples=1)
+    ema.step([weight])
+    with torch.no_grad():
+        weight.zero_()
+    for _ in range(10):  # by so little each time that bf16 would stay at 1
+        ema.step([weight])
+    (shadow,) = ema.shadow_params
+    assert shadow.dtype == torch.float32 and weight.dtype == torch.bfloat16
+    assert shadow.tolist() == pytest.approx([0.5 ** (10 / 1000)] * 3, rel=1e-6)
+
+
+@pytest.mark.parametrize("optimizer", get_args(get_type_hints(TrainConfig)["optimizer"]))
 def test_settings_of_adamw_reach_the_optimizer(optimizer):
     config = TrainConfig(
         optimizer=optimizer, learning_rate=3e-3, adam_beta1=0.8, adam_beta2=0.95, adam_eps=1e-6, weight_decay=0.2
     )
     made = make_optimizer([torch.nn.Parameter(torch.ones(8))], config)
-    module = "torch.optim" if optimizer == "adamw" else "bitsandbytes.optim"
-    assert type(made).__module__.startswith(module)
+    assert type(made) is KINDS[optimizer]
     (group,) = made.param_groups
     assert (group["lr"], group["betas"], group["eps"], group["weight_decay"]) == (3e-3, (0.8, 0.95), 1e-6, 0.2)
 
@@ -111,11 +134,12 @@ def test_run_with_8_bit_adamw_keeps_its_state_in_8_bits_and_moves_the_weights(tm
         train=TrainConfig(samples=16, batch_size=4, optimizer="adamw_8bit", learning_rate=1e-3, ema_half_life=0),
     )
     trainer = Trainer(config)
-    before = [p.detach().clone() for p in trainer.trained]
+    trained = list(trainer.trained.values())
+    before = [p.detach().clone() for p in trained]
     summary = trainer.run(progress=False)
-    moments = [state["state1"] for state in trainer.optimizer.state.values()]
+    moments = [state["state1"] for state in trainer.engine.optimizer.state.values()]
     # bitsandbytes keeps what is smaller than 4096 numbers in full
     assert {m.dtype for m in moments if m.numel() >= 4096} == {torch.uint8}
     assert summary["samples"] == 16 and (tmp_path / "run" / "pipeline").is_dir()
-    assert any(not torch.equal(a, b) for a, b in zip(before, trainer.trained, strict=True))
-    assert all(torch.isfinite(p).all() for p in trainer.trained)
+    assert any(not torch.equal(a, b) for a, b in zip(before, trained, strict=True))
+    assert all(torch.isfinite(p).all() for p in trained)

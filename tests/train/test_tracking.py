@@ -8,15 +8,17 @@ from collections import defaultdict
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+import torch
+from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from wandb.proto.wandb_internal_pb2 import Record
 
 from memfilter.config import Config, DataConfig, FilterConfig, LogConfig, TrainConfig
 from memfilter.data.shards import ShardError
-from memfilter.filter import EmptySteps
+from memfilter.filter import EmptySteps, Verdict
 from memfilter.stats import HISTOGRAM_EDGES
 from memfilter.train.loop import train
-from memfilter.train.tracking import BadSamples
+from memfilter.train.tracking import Audit, BadSamples, Tracker, keep_lines
 
 EVERY = 16
 
@@ -49,8 +51,12 @@ def tracked(tmp_path_factory, scenes_dir):
     return run_dir
 
 
+def lines_of(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
 def metrics_of(run_dir):
-    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    return lines_of(run_dir / "metrics.jsonl")
 
 
 def records(run_dir):
@@ -197,12 +203,32 @@ def test_run_that_fails_leaves_what_it_knows_in_files_that_can_be_read(tmp_path,
     assert [row["samples"] for row in rows] == [8]
     assert audit["position"].to_pylist() == list(range(16))
     assert sorted(path.name for path in (tmp_path / "run").iterdir()) == [
-        "audit.parquet", "config.yaml", "metrics.jsonl", "tensorboard", "wandb"
+        "audit", "audit.parquet", "config.yaml", "metrics.jsonl", "tensorboard", "wandb"
     ]  # fmt: skip
+    (part,) = (tmp_path / "run" / "audit").iterdir()  # for a run that goes on
+    assert pq.read_table(part) == audit
     events = EventAccumulator(str(tmp_path / "run" / "tensorboard"))
     events.Reload()
     assert [event.step for event in events.Scalars("loss")] == [8]
     assert [end.exit_code for end in records(tmp_path / "run")["exit"]] == [1]
+
+
+def test_run_that_fails_lists_the_bad_samples_that_it_met_since_the_last_report(tmp_path):
+    data = tmp_path / "data"
+    data.mkdir()
+    for i in range(48):
+        Image.new("RGB", (64, 64), (5 * i, 0, 0)).save(data / f"p{i:02d}.png")
+        (data / f"p{i:02d}.txt").write_text("a cat")
+        if i % 4 == 0:
+            (data / f"p{i:02d}.png").write_bytes(b"broken")
+    config = config_of(tmp_path / "run", data)
+    config.filter = FilterConfig(tau=1e-6, max_empty_steps=4)
+    config.data.max_bad_share, config.data.caption_dropout, config.log.every = 0.5, 0.0, 8
+    with pytest.raises(EmptySteps):
+        train(config, progress=False)
+    audited = pq.read_table(tmp_path / "run" / "audit.parquet")["position"].to_pylist()
+    bad = [row["position"] for row in lines_of(tmp_path / "run" / "bad_samples.jsonl")]
+    assert sorted(audited + bad) == list(range(16)) and max(bad) >= 8
 
 
 def batch(*reasons, start=0):
@@ -210,7 +236,7 @@ def batch(*reasons, start=0):
     return {"position": list(range(start, start + count)), "key": [f"k{i}" for i in range(count)], "bad": list(reasons)}
 
 
-def test_bad_samples_are_listed_as_they_come_and_one_more_than_allowed_ends_the_run(tmp_path):
+def test_bad_samples_are_listed_and_one_more_than_allowed_ends_the_run(tmp_path):
     path = tmp_path / "bad_samples.jsonl"
     bad = BadSamples(path, allowed=2.5)
     bad.add(batch(None, None))
@@ -218,7 +244,7 @@ def test_bad_samples_are_listed_as_they_come_and_one_more_than_allowed_ends_the_
     bad.add(batch(None, "sample 'k1' is broken", "sample 'k2' is broken"))
     with pytest.raises(ShardError) as error:
         bad.add(batch("sample 'k0' is broken", None, start=3))
-    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    rows = lines_of(path)
     assert [(row["position"], row["key"], row["bad"]) for row in rows] == [
         (1, "k1", "sample 'k1' is broken"), (2, "k2", "sample 'k2' is broken"), (3, "k0", "sample 'k0' is broken")
     ]  # fmt: skip
@@ -235,3 +261,167 @@ def test_list_of_bad_samples_is_cut_and_names_each_once(tmp_path):
     lines = str(error.value).splitlines()
     assert lines[0].startswith("18 samples") and len(lines) == 12
     assert lines[1] == "sample 'a' is broken" and "and 5 more" in lines[-1] and "bad_samples.jsonl" in lines[-1]
+
+
+def test_bad_samples_go_on_from_a_checkpoint_and_those_before_it_count(tmp_path):
+    path = tmp_path / "bad_samples.jsonl"
+    before = BadSamples(path, allowed=9)
+    before.add(batch("a is broken", None, None, "b is broken", "c is broken"))
+    before.write(before.take())
+    with path.open("a") as file:
+        file.write('{"position": 5, "key": "k5", "b')  # killed here
+    whole = path.read_text()
+    other = BadSamples(path, allowed=2, start=4, writes=False)
+    assert path.read_text() == whole
+    bad = BadSamples(path, allowed=2, start=4)
+    assert [row["bad"] for row in lines_of(path)] == ["a is broken", "b is broken"]
+    for each in (other, bad):
+        each.add(batch(None, None, start=4))
+        assert each.take() == []
+        with pytest.raises(ShardError, match="^3 samples"):
+            each.add(batch("c is broken", start=6))
+    assert [(row["position"], row["bad"]) for row in lines_of(path)] == [
+        (0, "a is broken"), (3, "b is broken"), (6, "c is broken")
+    ]  # fmt: skip
+
+
+def test_bad_samples_of_two_ranks_are_listed_by_position_and_count_for_both(tmp_path):
+    path = tmp_path / "bad_samples.jsonl"
+    ranks = [BadSamples(path, allowed=3, writes=writes) for writes in (True, False)]
+    for start in (0, 4):
+        ranks[0].add(batch(None, f"{start + 1} is broken", start=start))
+        ranks[1].add(batch(f"{start + 2} is broken", None, start=start + 2))
+    found = [facts for rank in ranks for facts in rank.take()]
+    assert not path.exists()
+    for rank in ranks:
+        with pytest.raises(ShardError, match="^4 samples") as error:
+            rank.write(found)
+        assert {"1 is broken", "2 is broken", "5 is broken", "6 is broken"} == set(str(error.value).splitlines()[1:])
+    assert [row["position"] for row in lines_of(path)] == [1, 2, 5, 6]
+
+
+CUT_SHORT = ('{"samples": 4, "lo', '{"samples": 4, "loss": 0.5', "{", '{"samples": 1}x', "\0" * 20)
+
+
+@pytest.mark.parametrize("last", CUT_SHORT)
+def test_lines_that_are_wanted_are_kept_and_a_last_one_that_was_cut_short_is_not(tmp_path, last):
+    path, lines = tmp_path / "metrics.jsonl", ['{"samples": 1, "loss":0.10}', '{"samples": 2}', '{"samples": 3}']
+    content = "\n".join([*lines, last])
+    path.write_text(content)
+
+    def wanted(facts):
+        return facts["samples"] != 2
+
+    assert keep_lines(path, wanted, writes=False) == [{"samples": 1, "loss": 0.1}, {"samples": 3}]
+    assert path.read_text() == content
+    assert keep_lines(path, wanted) == [{"samples": 1, "loss": 0.1}, {"samples": 3}]
+    assert path.read_text() == f"{lines[0]}\n{lines[2]}\n"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_last_line_that_lacks_no_more_than_its_end_is_kept(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"samples": 1}\n{"samples": 2}')
+    assert keep_lines(path, lambda facts: True) == [{"samples": 1}, {"samples": 2}]
+    assert path.read_text() == '{"samples": 1}\n{"samples": 2}\n'
+
+
+def test_lines_of_a_file_that_is_not_there_are_none(tmp_path):
+    assert keep_lines(tmp_path / "metrics.jsonl", lambda facts: True) == []
+    assert list(tmp_path.iterdir()) == []
+
+
+def checked(audit, positions, norm=1.0):
+    """Adds a forward to the audit, in which every fifth sample of the stream is not checked."""
+    count = len(positions)
+    check = torch.tensor([position % 5 != 4 for position in positions])
+    verdict = Verdict(torch.arange(count), torch.full((count,), norm), torch.ones(count).bool(), check, None)
+    audit.add({"position": list(positions), "key": [f"k{p}" for p in positions], "duplicate": [None] * count}, verdict)
+
+
+def rows_of(path):
+    """Position, key and norm of every row."""
+    return [(row["position"], row["key"], row["text_norm"]) for row in pq.read_table(path).to_pylist()]
+
+
+def rows_for(positions, norm=1.0):
+    """The same as they must be."""
+    return [(position, f"k{position}", norm) for position in positions if position % 5 != 4]
+
+
+@pytest.fixture
+def killed(tmp_path):
+    """An audit with checkpoints after 8, 16 and 24 samples that was killed after 32, two reports later."""
+    audit = Audit(tmp_path)
+    for start in range(0, 32, 4):
+        if start in (8, 16, 24):
+            audit.cut(start)
+        checked(audit, range(start, start + 4))
+        audit.write([audit.take()])
+    assert sorted(path.name for path in (tmp_path / "audit").iterdir()) == [
+        ".000000000024.parquet.partial", "000000000000.parquet", "000000000008.parquet", "000000000016.parquet"
+    ]  # fmt: skip
+    return audit
+
+
+@pytest.mark.parametrize("start", [0, 8, 16, 24])
+def test_audit_that_goes_on_from_a_checkpoint_has_every_row_once_in_order(killed, tmp_path, start):
+    Audit(tmp_path, start, writes=False)
+    assert len(list((tmp_path / "audit").iterdir())) == 4
+    audit = Audit(tmp_path, start)
+    assert sorted(path.name for path in (tmp_path / "audit").iterdir()) == [
+        f"{begin:012d}.parquet" for begin in (0, 8, 16) if begin < start
+    ]
+    for position in range(start, 40, 4):
+        checked(audit, range(position, position + 4), norm=2.0)
+        if position % 8:
+            audit.write([audit.take()])
+            audit.cut(position + 4)
+    checked(audit, [40, 41], norm=2.0)  # since the last report
+    expected = rows_for(range(start)) + rows_for(range(start, 42), norm=2.0)
+    for _ in range(2):  # the loop does, before the export and at the end
+        audit.close()
+        assert rows_of(tmp_path / "audit.parquet") == expected
+    assert [rows_of(part) for part in sorted((tmp_path / "audit").iterdir())][0] == expected[:7]
+    audit.discard_parts()
+    assert [path.name for path in tmp_path.iterdir()] == ["audit.parquet"]
+
+
+def test_audit_of_a_run_that_checked_nothing_is_a_table_without_rows(tmp_path):
+    audit = Audit(tmp_path)
+    audit.add({"position": [4], "key": ["k4"], "duplicate": [None]},
+              Verdict(*torch.zeros(2, 1), torch.ones(1).bool(), torch.zeros(1).bool(), None))  # fmt: skip
+    audit.write([audit.take(), audit.take()])
+    audit.cut(8)
+    assert list((tmp_path / "audit").iterdir()) == []
+    audit.close()
+    table = pq.read_table(tmp_path / "audit.parquet")
+    assert len(table) == 0 and table.column_names[:2] == ["position", "key"]
+
+
+def test_tables_of_two_ranks_are_written_in_order_of_position(tmp_path):
+    ranks = [Audit(tmp_path), Audit(tmp_path, writes=False)]
+    for start in (0, 16):
+        for forward in (start, start + 8):
+            for rank, audit in enumerate(ranks):
+                checked(audit, range(forward + 4 * rank, forward + 4 * rank + 4), norm=float(rank))
+        ranks[0].write([audit.take() for audit in reversed(ranks)])
+        ranks[0].cut(start + 16)
+    ranks[0].close()
+    norms = {position: float(position // 4 % 2) for position in range(32)}
+    expected = [row for position in range(32) for row in rows_for([position], norms[position])]
+    assert rows_of(tmp_path / "audit.parquet") == expected
+
+
+@pytest.mark.parametrize("checkpoint", [0, 16])
+def test_metrics_and_curves_after_the_checkpoint_are_written_again(tmp_path, checkpoint):
+    for start, loss in ((0, 1.0), (checkpoint, 2.0)):
+        tracker = Tracker(tmp_path, LogConfig(tensorboard=True), {}, start=start)
+        for samples in range(start + 8, 33, 8):
+            tracker.log(samples, {"loss": loss}, {})
+        tracker.close()
+    expected = [(samples, 1.0 if samples <= checkpoint else 2.0) for samples in (8, 16, 24, 32)]
+    assert lines_of(tmp_path / "metrics.jsonl") == [{"samples": samples, "loss": loss} for samples, loss in expected]
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    assert [(event.step, event.value) for event in events.Scalars("loss")] == expected

@@ -1,0 +1,210 @@
+"""Backward, update and whole weights, whatever stands between a loss and its gradients: nothing, DDP, FSDP2, DeepSpeed."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Iterator
+
+import torch
+import torch.distributed as dist
+from accelerate import Accelerator
+from accelerate.utils import DistributedDataParallelKwargs, DistributedType, InitProcessGroupKwargs
+from torch import Tensor, nn
+
+from memfilter.config import Config, ConfigError
+from memfilter.filter import MemFilter
+
+DATA_PARALLEL = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU, DistributedType.MULTI_XPU,
+                 DistributedType.MULTI_NPU)  # fmt: skip
+SHARDED = (DistributedType.DEEPSPEED, DistributedType.FSDP)
+
+
+def make_accelerator(config: Config) -> Accelerator:
+    """The accelerator that the launcher asks for.
+
+    Raises:
+        ConfigError: the launch, or what it asks for together with the configuration, cannot be right.
+    """
+    # nothing but gradients needs to travel: the wrapped denoiser's buffers are constants
+    handlers = [DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)]
+    deepspeed = os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() in ("1", "true")
+    if deepspeed and not torch.cuda.is_available() and "LOCAL_RANK" in os.environ:
+        handlers.append(InitProcessGroupKwargs(backend="gloo"))  # or accelerate asks for NCCL
+        _use_plain_collectives()
+    try:
+        accelerator = Accelerator(
+            mixed_precision=config.train.mixed_precision,
+            gradient_accumulation_steps=config.train.accumulation,
+            kwargs_handlers=handlers,
+        )
+    except (ImportError, ValueError, RuntimeError) as error:
+        raise ConfigError(f"accelerate cannot start: {' '.join(str(error).split())}") from error
+    launched = int(os.environ.get("WORLD_SIZE", "1"))
+    found = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+    if not launched == found == accelerator.num_processes:
+        raise ConfigError(
+            f"the launcher started {launched} processes and accelerate connected {accelerator.num_processes} of them: "
+            "each would train by itself; on CPUs use ACCELERATE_USE_CPU=true torchrun --nproc_per_node "
+            f"{launched} train_filtered.py ..., see docs/distributed.md"
+        )
+    if deepspeed and accelerator.distributed_type != DistributedType.DEEPSPEED:
+        raise ConfigError("accelerate forgets DeepSpeed under ACCELERATE_USE_CPU: set DS_ACCELERATOR=cpu instead")
+    reasons = list(_refusals(config, accelerator))
+    if reasons:
+        raise ConfigError("\n".join(reasons))
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:
+        _configure_deepspeed(config, accelerator.deepspeed_plugin)
+    elif accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":
+        # accelerate takes fp16 on a CPU for fp32, without a word; torch can do it
+        accelerator.native_amp, accelerator.scaler = True, torch.amp.GradScaler("cpu")
+    return accelerator
+
+
+def end_processes() -> None:
+    """Parts from the other processes, if there are any; call this last."""
+    if dist.is_available() and dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def _use_plain_collectives() -> None:
+    """DeepSpeed compiles an operator for shared memory at its first start on a CPU, for a minute or more, and a compile
+    that is killed leaves a lock for which every later start waits. gloo gives the same results without it."""
+    from deepspeed.ops import __compatible_ops__ as operators
+
+    operators["deepspeed_shm_comm"] = False
+
+
+def _refusals(config: Config, accelerator: Accelerator) -> Iterator[str]:
+    """Why launcher and configuration do not go together."""
+    kind, train = accelerator.distributed_type, config.train
+    lora = config.model.lora_rank is not None
+    if kind not in (*DATA_PARALLEL, *SHARDED):
+        yield f"the launcher asks for {kind.value}: expected DDP, DeepSpeed or FSDP"
+    if kind == DistributedType.FSDP:
+        if not accelerator.is_fsdp2:
+            yield "the launcher asks for FSDP 1: set fsdp_version: 2"
+        if accelerator.device.type == "cpu":
+            yield "accelerate does not shard by FSDP on CPUs, and does not say so: use DDP or DeepSpeed"
+        if train.optimizer != "adamw":
+            yield f"train.optimizer={train.optimizer}: bitsandbytes cannot step FSDP's sharded weights; use adamw"
+        if lora:
+            yield "model.lora_rank: FSDP cannot shard frozen and trained weights of different types; use DDP"
+        if train.mixed_precision == "fp16":
+            yield "train.mixed_precision=fp16: FSDP clips before it unscales; use bf16"
+    if kind != DistributedType.DEEPSPEED:
+        return
+    plugin = accelerator.deepspeed_plugin
+    stage, settings = plugin.zero_stage, plugin.deepspeed_config
+    for section in ("optimizer", "scheduler"):
+        if section in settings:
+            yield f"the DeepSpeed configuration has a section {section!r}: remove it, settings of train.* decide"
+    if stage == 0 and train.mixed_precision != "no":
+        yield f"train.mixed_precision={train.mixed_precision} under ZeRO-0: use ZeRO-1, or DDP, which is the same as ZeRO-0"
+    if stage == 3:
+        if train.ema_half_life:
+            yield ("train.ema_half_life: an average of weights that ZeRO-3 shards would be whole on every device; "
+                   "set it to 0, or use ZeRO-2")  # fmt: skip
+        if lora:
+            yield "model.lora_rank: LoRA weights are too few to shard; use DDP or ZeRO-2"
+    if train.optimizer.startswith("paged"):
+        yield f"train.optimizer={train.optimizer}: ZeRO moves its shards of the state itself; use zero2_offload"
+    if train.mixed_precision == "fp16" and accelerator.device.type == "cpu":
+        yield "train.mixed_precision=fp16: DeepSpeed has no fp16 on CPUs; use bf16 or no"
+    if train.compile:
+        yield "train.compile: not with DeepSpeed, whose hooks are in the forward; use DDP"
+
+
+def _configure_deepspeed(config: Config, plugin) -> None:
+    from transformers.integrations import unset_hf_deepspeed_config
+
+    # transformers would split what it loads under ZeRO-3, accelerate's switch for that notwithstanding; the frozen
+    # encoders and VAE are whole on every device
+    unset_hf_deepspeed_config()
+    settings = plugin.deepspeed_config
+    settings["train_micro_batch_size_per_gpu"] = config.train.batch_size
+    settings["gradient_accumulation_steps"] = config.train.accumulation
+    settings["gradient_clipping"] = config.train.max_grad_norm
+    settings.setdefault("zero_allow_untested_optimizer", True)
+    # offloaded states are stepped by torch's AdamW unless the file asks for DeepSpeed's, which it compiles
+    settings.setdefault("zero_force_ds_cpu_optimizer", False)
+
+
+class Engine:
+    """The prepared model and its optimizer.
+
+    Args:
+        wrapped: the filtered denoiser.
+    """
+
+    def __init__(self, accelerator: Accelerator, wrapped: nn.Module, optimizer, max_grad_norm: float):
+        self.accelerator, self.max_grad_norm = accelerator, max_grad_norm
+        self.deepspeed = accelerator.distributed_type == DistributedType.DEEPSPEED
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "`broadcast_buffers`", FutureWarning)  # of older torch it is the only name
+            self.model, self.optimizer = accelerator.prepare(wrapped, optimizer)
+        self.trained = [p for p in self.model.parameters() if p.requires_grad]
+        # DeepSpeed casts the weights and leaves the inputs
+        low = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(accelerator.mixed_precision)
+        self.input_dtype = low if self.deepspeed else None
+
+    def accumulate(self):
+        """The context of a micro-batch."""
+        return self.accelerator.accumulate(self.model)
+
+    def backward(self, loss: Tensor) -> None:
+        if not self.deepspeed:
+            return self.accelerator.backward(loss)
+        # accelerate's would step as well, and whether to step is not known yet
+        self.model.set_gradient_accumulation_boundary(self.accelerator.sync_gradients)
+        self.model.backward(loss)
+
+    def step(self, mem_filter: MemFilter, learning_rate: float) -> bool | None:
+        """One update from the gradients at hand. False: nothing was kept; None: loss scaling found an overflow."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate
+        kept = mem_filter.before_step(self.model if self.deepspeed else self.optimizer)
+        done = kept
+        if kept and self.deepspeed:
+            self.model.step()  # clips
+            done = True if self.model.was_step_applied() else None
+        elif kept:
+            self.accelerator.clip_grad_norm_(self.trained, self.max_grad_norm)
+            self.optimizer.step()
+            done = None if self.accelerator.optimizer_step_was_skipped else True
+        if not self.deepspeed:
+            self.optimizer.zero_grad(set_to_none=True)
+        return done
+
+    def for_pipeline(self) -> nn.Module:
+        """The denoiser as a pipeline calls it, with the weights and in the precision of training."""
+        return _DeepSpeedDenoiser(self) if self.deepspeed else self.accelerator.unwrap_model(self.model)
+
+    def full_weights(self) -> Iterator[Tensor]:
+        """The trained weights in fp32, each whole; with several ranks every rank calls."""
+        for parameter in self.trained:
+            whole = None
+            if self.deepspeed:
+                from deepspeed.utils import safe_get_full_fp32_param
+
+                whole = safe_get_full_fp32_param(parameter)
+            elif hasattr(parameter, "full_tensor"):  # FSDP2
+                whole = parameter.full_tensor()
+            yield (parameter if whole is None else whole).detach().float()
+
+
+class _DeepSpeedDenoiser(nn.Module):
+    def __init__(self, engine: Engine):
+        super().__init__()
+        self.model, self._dtype = engine.model, engine.input_dtype
+
+    def __getattr__(self, name: str):
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(super().__getattr__("model").module, name)
+
+    def forward(self, sample, timestep, encoder_hidden_states, **kwargs):
+        dtype = self._dtype or sample.dtype
+        out = self.model(sample.to(dtype), timestep, encoder_hidden_states.to(dtype), **kwargs)
+        return (out[0].to(sample.dtype), *out[1:])  # pipelines ask for tuples

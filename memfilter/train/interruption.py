@@ -1,0 +1,51 @@
+"""Signals that ask a run to stop: they are heard at the end of the optimizer step, by all ranks at the same one."""
+
+from __future__ import annotations
+
+import signal
+from contextlib import contextmanager
+
+import torch
+import torch.distributed as dist
+
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+EXIT_CODE = 75  # EX_TEMPFAIL of sysexits.h: the same command may succeed later
+
+
+class Interrupted(Exception):
+    """A signal ended the run; a checkpoint of where it was is there."""
+
+
+class Interruption:
+    """Whether one of `SIGNALS` arrived, at this rank or another."""
+
+    def __init__(self, device: torch.device):
+        self._device, self._name = device, None
+
+    @contextmanager
+    def heard(self):
+        """Signals are noted, and do nothing else, for as long as this lasts. Only in the main thread; elsewhere they do
+        what they do."""
+        before = {}
+        try:
+            for number in SIGNALS:
+                before[number] = signal.signal(number, self._note)
+        except ValueError:
+            pass
+        try:
+            yield self
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def _note(self, number: int, _frame) -> None:
+        self._name = signal.Signals(number).name
+
+    def agreed(self) -> str | None:
+        """What asks to stop, once some rank heard it; every rank calls, and all get an answer or none does."""
+        if dist.is_available() and dist.is_initialized():
+            heard = torch.tensor(self._name is not None, dtype=torch.int32, device=self._device)
+            dist.all_reduce(heard, op=dist.ReduceOp.MAX)
+            if heard and self._name is None:
+                return "another rank's signal"
+        return self._name
