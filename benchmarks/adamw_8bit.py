@@ -2,9 +2,9 @@
 
     python benchmarks/adamw_8bit.py [--out runs/adamw_8bit]
 
-Prints the loss of the last 800 samples (the same samples with the same noise in both runs) and its ratio to AdamW's, and
-how much of the optimizer's state is in 8 bits; exit 1 where the ratio is further than 3% from 1. A run that is finished
-is not made again.
+Prints the loss of the last 800 samples (the same samples with the same noise in both runs), its ratio to AdamW's, and how
+much of the optimizer's state is in 8 bits; exit 1 where the ratio is further than 3% from 1. A finished run is not made
+again.
 """
 
 from __future__ import annotations
@@ -35,8 +35,9 @@ def share_in_8_bits(run: Path) -> float:
     """Of the numbers in the optimizer's state."""
     (checkpoint,) = run.glob("checkpoints/*/optimizer.bin")
     state = torch.load(checkpoint, weights_only=True)["state"]
-    # besides moments there are step counts, and the maps and scales of the 8-bit blocks
-    moments = [entry[name] for entry in state.values() for name in ("exp_avg", "exp_avg_sq", "state1", "state2") if name in entry]
+    # bitsandbytes puts its moments into a dict of their own; there are step counts, maps and scales of blocks besides
+    entries = [entry.get("__bnb_optimizer_quant_state__", {}) | entry for entry in state.values()]
+    moments = [e[name] for e in entries for name in ("exp_avg", "exp_avg_sq", "state1", "state2") if name in e]
     return sum(m.numel() for m in moments if m.dtype == torch.uint8) / sum(m.numel() for m in moments)
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import time
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict
@@ -19,13 +18,11 @@ from tqdm import tqdm
 
 from memfilter.config import Config, ConfigError, check, make_filter
 from memfilter.data.encode import Encoder
-from memfilter.data.experiment import Experiment, index_beside
 from memfilter.data.sampler import SampleDataset, SampleStream, View, collate
-from memfilter.data.shards import Shards
 from memfilter.files import atomic
 from memfilter.pipelines import ModelError, add_lora, load_pipeline
-from memfilter.preflight import UnsuitableModel, validate
 from memfilter.train.checkpoint import Checkpoints, require_same
+from memfilter.train.checks import open_data, require_backend, require_place, require_suitable, resolution_of
 from memfilter.train.engine import Engine, make_accelerator
 from memfilter.train.export import export_lora, export_pipeline
 from memfilter.train.gallery import write_gallery
@@ -64,12 +61,12 @@ class Trainer:
     def __init__(self, config: Config):
         check(config)
         self.config, self.run_dir = config, Path(config.run_dir)
-        _require_place(self.run_dir, config.checkpoint.resume)
+        require_place(self.run_dir, config.checkpoint.resume)
         self.accelerator = make_accelerator(config)
         self.main = self.accelerator.is_main_process
         if self.main:
             require_wandb(config.log)
-        shards, experiment = _open_data(config)
+        shards, experiment = open_data(config)
         self.data = experiment.fingerprint()
 
         # model
@@ -83,14 +80,14 @@ class Trainer:
         if config.train.gradient_checkpointing:
             pipeline.unet.enable_gradient_checkpointing()
         if config.train.compile:
-            _require_backend(config.train.compile)
+            require_backend(config.train.compile)
             pipeline.unet.compile(backend=config.train.compile)
-        resolution = _resolution(config, pipeline)
+        resolution = resolution_of(config, pipeline)
         memory = int(config.data.cache_gb * 2**30)
         encoder = Encoder(pipeline, self.accelerator.device, memory=memory, rows=config.train.batch_size)
         noise_scheduler = DDPMScheduler.from_config(pipeline.scheduler.config)
         self.mem_filter = make_filter(config.filter)
-        _validate(config, pipeline, noise_scheduler, resolution)
+        require_suitable(config, pipeline, noise_scheduler, resolution)
         try:
             wrapped = self.mem_filter.wrap(pipeline.unet.train(), null=encoder.null, scheduler=noise_scheduler)
         except ValueError as error:
@@ -340,67 +337,6 @@ class Trainer:
             if config.log.gallery and self.mem_filter.active:
                 self.tracker.dropped(self.seen, write_gallery(self.run_dir, self.dataset, config.log.gallery))
         return summary
-
-
-def _require_place(run_dir: Path, resume: bool) -> None:
-    try:
-        found = run_dir.exists() and any(run_dir.iterdir())
-        parent = next(path for path in (run_dir, *run_dir.absolute().parents) if path.exists())
-    except OSError as error:
-        raise ConfigError(f"run_dir: {run_dir} cannot be a directory: {error}") from error
-    if found and not resume:
-        raise ConfigError(f"run_dir: {run_dir} is not empty; remove it, choose another, or go on from its last checkpoint "
-                          "with checkpoint.resume=true")  # fmt: skip
-    if not parent.is_dir() or not os.access(parent, os.W_OK):
-        raise ConfigError(f"run_dir: {run_dir} cannot be made in {parent}")
-
-
-def _require_backend(name: str) -> None:
-    known = torch.compiler.list_backends(exclude_tags=None)
-    if name not in known:
-        raise ConfigError(f"train.compile: there is no backend {name!r}: expected one of {', '.join(known)}")
-
-
-def _open_data(config: Config) -> tuple[Shards, Experiment]:
-    shards = Shards.open(config.data.path)
-    index = Path(config.data.index) if config.data.index else index_beside(config.data.path)
-    if config.data.index and not index.is_file():
-        raise ConfigError(f"data.index: {index} does not exist")
-    try:
-        experiment = Experiment.read(index) if index.is_file() else Experiment.of_shards(shards)
-        experiment.require(shards)
-    except ValueError as error:
-        raise ConfigError(f"data.index: {error}") from error
-    if not len(experiment.keys):
-        raise ConfigError(f"data.path: {config.data.path} has no sample to train on")
-    return shards, experiment
-
-
-def _resolution(config: Config, pipeline) -> int:
-    resolution = config.data.resolution or pipeline.unet.config.sample_size * pipeline.vae_scale_factor
-    if resolution % pipeline.vae_scale_factor:
-        raise ConfigError(f"data.resolution: {resolution} is not a multiple of {pipeline.vae_scale_factor}, "
-                          "by which the model's VAE reduces a picture")  # fmt: skip
-    return resolution
-
-
-def _validate(config: Config, pipeline, noise_scheduler, resolution: int) -> None:
-    if config.filter.tau is None:
-        return
-    side = resolution // pipeline.vae_scale_factor
-    try:
-        hints = validate(
-            pipeline.unet,
-            scheduler=noise_scheduler,
-            text_encoders=(pipeline.text_encoder, getattr(pipeline, "text_encoder_2", None)),
-            latent_shape=(pipeline.vae.config.latent_channels, side, side),
-            tau=config.filter.tau,
-            unit=config.filter.unit,
-        )
-    except UnsuitableModel as error:
-        raise ModelError("\n".join(f"model.path: {reason}" for reason in str(error).splitlines())) from error
-    for hint in hints:
-        log.info("%s", hint)
 
 
 def _crosses(every: int, before: int, after: int) -> bool:

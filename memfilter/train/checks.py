@@ -1,0 +1,87 @@
+"""What must hold before a run begins: its place, its data, and a model whose norm means something."""
+
+from __future__ import annotations
+
+import logging
+import os
+from pathlib import Path
+
+import torch
+
+from memfilter.config import Config, ConfigError
+from memfilter.data.experiment import Experiment, index_beside
+from memfilter.data.shards import Shards
+from memfilter.pipelines import ModelError
+from memfilter.preflight import UnsuitableModel, validate
+
+log = logging.getLogger(__name__)
+
+
+def require_place(run_dir: Path, resume: bool) -> None:
+    """Raises ConfigError where a run cannot be written, or would meet another that does not go on."""
+    try:
+        found = run_dir.exists() and any(run_dir.iterdir())
+        parent = next(path for path in (run_dir, *run_dir.absolute().parents) if path.exists())
+    except OSError as error:
+        raise ConfigError(f"run_dir: {run_dir} cannot be a directory: {error}") from error
+    if found and not resume:
+        raise ConfigError(f"run_dir: {run_dir} is not empty; remove it, choose another, or go on from its last checkpoint "
+                          "with checkpoint.resume=true")  # fmt: skip
+    if not parent.is_dir() or not os.access(parent, os.W_OK):
+        raise ConfigError(f"run_dir: {run_dir} cannot be made in {parent}")
+
+
+def require_backend(name: str) -> None:
+    """Raises ConfigError unless it is a backend of torch.compile."""
+    known = torch.compiler.list_backends(exclude_tags=None)
+    if name not in known:
+        raise ConfigError(f"train.compile: there is no backend {name!r}: expected one of {', '.join(known)}")
+
+
+def open_data(config: Config) -> tuple[Shards, Experiment]:
+    """Pictures and captions, and which of them are shown how often.
+
+    Raises:
+        ConfigError, ShardError: they cannot be read, or do not belong together.
+    """
+    shards = Shards.open(config.data.path)
+    index = Path(config.data.index) if config.data.index else index_beside(config.data.path)
+    if config.data.index and not index.is_file():
+        raise ConfigError(f"data.index: {index} does not exist")
+    try:
+        experiment = Experiment.read(index) if index.is_file() else Experiment.of_shards(shards)
+        experiment.require(shards)
+    except ValueError as error:
+        raise ConfigError(f"data.index: {error}") from error
+    if not len(experiment.keys):
+        raise ConfigError(f"data.path: {config.data.path} has no sample to train on")
+    return shards, experiment
+
+
+def resolution_of(config: Config, pipeline) -> int:
+    """Of the pictures, in pixels; raises ConfigError where the VAE cannot take it."""
+    resolution = config.data.resolution or pipeline.unet.config.sample_size * pipeline.vae_scale_factor
+    if resolution % pipeline.vae_scale_factor:
+        raise ConfigError(f"data.resolution: {resolution} is not a multiple of {pipeline.vae_scale_factor}, "
+                          "by which the model's VAE reduces a picture")  # fmt: skip
+    return resolution
+
+
+def require_suitable(config: Config, pipeline, noise_scheduler, resolution: int) -> None:
+    """Raises ModelError with every reason why the norm would mean nothing, and logs what else is worth knowing."""
+    if config.filter.tau is None:
+        return
+    side = resolution // pipeline.vae_scale_factor
+    try:
+        hints = validate(
+            pipeline.unet,
+            scheduler=noise_scheduler,
+            text_encoders=(pipeline.text_encoder, getattr(pipeline, "text_encoder_2", None)),
+            latent_shape=(pipeline.vae.config.latent_channels, side, side),
+            tau=config.filter.tau,
+            unit=config.filter.unit,
+        )
+    except UnsuitableModel as error:
+        raise ModelError("\n".join(f"model.path: {reason}" for reason in str(error).splitlines())) from error
+    for hint in hints:
+        log.info("%s", hint)
