@@ -43,9 +43,9 @@ class Interruption:
 
     def agreed(self) -> str | None:
         """What asks to stop, once some rank heard it; every rank calls, and all get an answer or none does."""
+        heard = self._name is not None  # once: a signal may come at any moment, and ranks must not part over it
         if dist.is_available() and dist.is_initialized():
-            heard = torch.tensor(self._name is not None, dtype=torch.int32, device=self._device)
-            dist.all_reduce(heard, op=dist.ReduceOp.MAX)
-            if heard and self._name is None:
-                return "another rank's signal"
-        return self._name
+            anywhere = torch.tensor(heard, dtype=torch.int32, device=self._device)
+            dist.all_reduce(anywhere, op=dist.ReduceOp.MAX)
+            heard = bool(anywhere)
+        return (self._name or "another rank's signal") if heard else None
