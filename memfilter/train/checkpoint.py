@@ -85,14 +85,16 @@ class Checkpoints:
                 (partial / _STATE).write_text(text, encoding="utf-8")
                 shutil.rmtree(final, ignore_errors=True)  # one that was passed over
                 partial.rename(final)
-                for old in self._whole()[self._keep :]:
-                    shutil.rmtree(old)
+                for other in {*self._dir.glob("[0-9]*")} - {*self._whole()[: self._keep]}:  # older, or not whole
+                    shutil.rmtree(other)
         except (OSError, RuntimeError, SafetensorError) as error:
-            free = shutil.disk_usage(self._dir).free if self._dir.is_dir() else 0
+            free, reason = shutil.disk_usage(self._dir).free if self._dir.is_dir() else 0, " ".join(str(error).split())
+            if isinstance(error, RuntimeError) and (full := _full(partial)):
+                reason = f"{full} ({reason})"
             self._clear_partials()
             kept = f"the newest whole one is {whole[0]}" if (whole := self._whole()) else "there is no other"
             raise CheckpointError(
-                f"{final} cannot be written ({free / 2**20:.0f} MiB free): {' '.join(str(error).split())}; {kept}"
+                f"{final} cannot be written ({free / 2**20:.0f} MiB free): {reason}; {kept}"
             ) from error
         accelerator.wait_for_everyone()
         return final
@@ -131,8 +133,17 @@ class Checkpoints:
         accelerator.step = 0  # of micro-batches; checkpoints lie between optimizer steps
         if not (path / _AVERAGE).exists():
             return None
-        tensors = load_file(path / _AVERAGE, device=str(accelerator.device))
-        return [tensors[str(i)] for i in range(len(tensors))]
+        tensors = load_file(path / _AVERAGE)  # safetensors knows no "cpu:0"
+        return [tensors[str(i)].to(accelerator.device) for i in range(len(tensors))]
+
+
+def _full(directory: Path) -> OSError | None:
+    """Why no more can be written there: torch.save does not say."""
+    try:
+        (directory / "probe").write_bytes(bytes(2**20))
+    except OSError as error:
+        return error
+    return None
 
 
 def _is_whole(path: Path) -> bool:

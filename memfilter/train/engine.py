@@ -64,6 +64,7 @@ def make_accelerator(config: Config) -> Accelerator:
 def end_processes() -> None:
     """Parts from the other processes, if there are any; call this last."""
     if dist.is_available() and dist.is_initialized():
+        dist.barrier()  # torchrun ends the others as soon as one is gone, and the first still has files to close
         dist.destroy_process_group()
 
 

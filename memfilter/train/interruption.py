@@ -49,3 +49,9 @@ class Interruption:
             dist.all_reduce(anywhere, op=dist.ReduceOp.MAX)
             heard = bool(anywhere)
         return (self._name or "another rank's signal") if heard else None
+
+
+def leave_to_parent(_worker: int) -> None:
+    """For a process that reads data: torchrun, Slurm and a terminal signal it too, and the step to come needs it."""
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import time
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import closing, contextmanager, nullcontext, suppress
 from dataclasses import asdict
 from pathlib import Path
 
@@ -26,7 +26,7 @@ from memfilter.train.checks import open_data, require_backend, require_place, re
 from memfilter.train.engine import Engine, make_accelerator
 from memfilter.train.export import export_lora, export_pipeline
 from memfilter.train.gallery import write_gallery
-from memfilter.train.interruption import EXIT_CODE, Interrupted, Interruption
+from memfilter.train.interruption import EXIT_CODE, Interrupted, Interruption, leave_to_parent
 from memfilter.train.objective import Objective
 from memfilter.train.optimizer import lr_schedule, make_ema, make_optimizer
 from memfilter.train.tracking import Audit, BadSamples, Tracker, require_wandb
@@ -157,8 +157,8 @@ class Trainer:
         started = self.reported = time.perf_counter()
         self.reported_at = self.seen
         try:
-            with Interruption(self.accelerator.device).heard() as interruption:
-                for batch in self.loader():
+            with Interruption(self.accelerator.device).heard() as interruption, closing(self.batches()) as batches:
+                for batch in batches:
                     before = self.seen
                     self.bad_samples.add(batch)
 
@@ -211,6 +211,15 @@ class Trainer:
         self.accelerator.wait_for_everyone()
         return summary
 
+    def batches(self):
+        """Those of `loader`, whose processes end with this, whatever ends it: they are deaf to what else would end them."""
+        batches = iter(self.loader())
+        try:
+            yield from batches
+        finally:
+            if self.config.data.workers:
+                batches._shutdown_workers()
+
     def loader(self) -> DataLoader:
         """This process's batches in the order of the stream: neighbours go to neighbours, so that a step sees the same
         samples however it is split."""
@@ -223,6 +232,7 @@ class Trainer:
             ],
             collate_fn=collate,
             num_workers=self.config.data.workers,
+            worker_init_fn=leave_to_parent,
         )
 
     @contextmanager
