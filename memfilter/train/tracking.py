@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import shutil
 from collections.abc import Callable
@@ -19,6 +20,8 @@ from memfilter.data.shards import ShardError
 from memfilter.files import atomic
 from memfilter.filter import Verdict
 from memfilter.stats import HISTOGRAM_EDGES
+
+log = logging.getLogger(__name__)
 
 AUDIT_SCHEMA = pa.schema(
     {
@@ -233,7 +236,7 @@ class Tracker:
             import wandb
 
             drawn = {name: wandb.Histogram(np_histogram=(np.array(c), edges)) for name, c in histograms.items()}
-            self._wandb.log({**metrics, **drawn}, step=samples)
+            self._tell_wandb(lambda run: run.log({**metrics, **drawn}, step=samples))
         if self._tensorboard:
             for name, value in metrics.items():
                 self._tensorboard.add_scalar(name, value, samples)
@@ -259,7 +262,8 @@ class Tracker:
         if self._wandb:
             import wandb
 
-            self._wandb.log({name: [wandb.Image(pixels, caption=c[:500]) for c, pixels in captioned]}, step=samples)
+            pictures = [wandb.Image(pixels, caption=caption[:500]) for caption, pixels in captioned]
+            self._tell_wandb(lambda run: run.log({name: pictures}, step=samples))
         if self._tensorboard:
             for number, (caption, pixels) in enumerate(captioned):
                 self._tensorboard.add_image(f"{name}/{number}", pixels, samples, dataformats="HWC")
@@ -275,14 +279,22 @@ class Tracker:
             for row in rows:
                 picture = None if row["picture"] is None else wandb.Image(row["picture"])
                 table.add_data(picture, *(row[name] for name in columns))
-            self._wandb.log({"filter/dropped_most": table}, step=samples)
+            self._tell_wandb(lambda run: run.log({"filter/dropped_most": table}, step=samples))
 
     def close(self, exit_code: int = 0) -> None:
         self._file.close()
         if self._tensorboard:
             self._tensorboard.close()
         if self._wandb:
-            self._wandb.finish(exit_code=exit_code)
+            self._tell_wandb(lambda run: run.finish(exit_code=exit_code))
+
+    def _tell_wandb(self, what: Callable) -> None:
+        """Its service is a process of its own, which a signal to the whole job ends too: the run is worth more."""
+        try:
+            what(self._wandb)
+        except Exception as error:  # noqa: BLE001  wandb's, the connection's and asyncio's
+            log.warning("W&B has stopped (%s); metrics.jsonl goes on", type(error).__name__)
+            self._wandb = None
 
 
 def _as_text(caption: str) -> str:
