@@ -138,7 +138,7 @@ def sessions(settings, nowhere, tmp_path_factory):
         ranks = [p for p in process.processes() if p.name().startswith("python")]
         found.opened.append([sum(c.name() == "wandb-core" for c in p.children()) for p in sorted(ranks, key=rank_of)])
         process.send_signal(signal.SIGTERM)
-        found.output, _ = process.communicate(timeout=90)
+        found.output, _ = process.communicate(timeout=120)
     found.configs.append(newest(run)["config"])
     found.stopped = newest(run)["samples"]
     began = time.monotonic()
@@ -207,7 +207,7 @@ def test_configuration_is_there_in_every_session(sessions):
 
 
 def test_how_a_session_ended_is_there(sessions):
-    assert f"SIGTERM after {sessions.stopped} samples: go on from" in sessions.output
+    assert f" after {sessions.stopped} samples: go on from" in sessions.output
     ends = [[end.exit_code for end in of_kind("exit", found)] for found in sessions.files]
     assert ends == [[], [75], [0]]  # killed, asked to stop, done
 
@@ -224,8 +224,8 @@ def test_signal_to_all_processes_of_a_job_ends_wandb_and_not_the_checkpoint(sett
         launching.wait_until(lambda: reported(run) >= 3 * EVERY, process)
         for each in (process, *process.processes()):  # as scancel and systemd do
             each.send_signal(signal.SIGTERM)
-        output, _ = process.communicate(timeout=90)
+        output, _ = process.communicate(timeout=120)
     stopped = newest(run)["samples"]
-    assert f"SIGTERM after {stopped} samples: go on from" in output
+    assert f" after {stopped} samples: go on from" in output
     assert reported(run) == stopped
-    assert "Traceback" not in output.partition("SIGTERM after")[0]
+    assert "Traceback" not in output.partition(" samples: go on from")[0]

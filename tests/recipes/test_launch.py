@@ -110,10 +110,10 @@ def test_several_processes_are_asked_to_stop_and_go_on_under_accelerate_launch(s
     with started(script("multi_gpu.sh", *settings(there, samples=80_000)), tmp_path, NPROC="2", **CPU) as process:
         launching.wait_until(has_begun(there), process)
         process.send_signal(signal.SIGUSR1)
-        output, _ = process.communicate(timeout=60)
+        output, _ = process.communicate(timeout=120)
     assert process.returncode == 1  # of torchrun
     stopped = json.loads(max((there / "checkpoints").glob("*/state.json")).read_text())["samples"]
-    assert f"SIGUSR1 after {stopped} samples: go on from" in output
+    assert f" after {stopped} samples: go on from" in output  # whichever rank heard it
     assert world_of_checkpoint(there) == ("DDP or one process", 2)
     going_on = settings(there, "--checkpoint.resume=true", samples=stopped + 16)
     run([*accelerate_launch("ddp.yaml"), "train_filtered.py", *going_on], launching.ROOT, **CPU)
@@ -190,11 +190,12 @@ def opened(monkeypatch):
         accelerate, launch, *words = shlex.split(" ".join(line.removesuffix("\\") for line in head))
         assert (accelerate, launch) == ("accelerate", "launch")
         assert words[words.index("--config_file") + 1] == str(path.relative_to(launching.ROOT))
-        args, defaults, _ = _validate_launch_command(launch_command_parser().parse_args(words))
+        args, defaults, precision_of_file = _validate_launch_command(launch_command_parser().parse_args(words))
         assert args.training_script == "train_filtered.py" and args.num_processes == 8
         args.main_process_port = 0
         if args.use_deepspeed:
-            args.deepspeed_fields_from_accelerate_config = ",".join(defaults.deepspeed_config)
+            fields = [*defaults.deepspeed_config, *["mixed_precision"] * precision_of_file]
+            args.deepspeed_fields_from_accelerate_config = ",".join(fields)
         _, environment = prepare_deepspeed_cmd_env(args) if args.use_deepspeed else (None, prepare_multi_gpu_env(args))
         config = parse(args.training_script_args)
         check(config)
@@ -323,9 +324,9 @@ def test_slurm_job_is_requeued_before_its_time_is_up_and_goes_on_to_its_end(sett
         assert {"pt_data_worker", "wandb-core"} < {p.name() for p in job_step}
         for each in job_step:  # Slurm signals all there is in the step
             each.send_signal(signal.SIGUSR1)
-        output, _ = process.communicate(timeout=60)
+        output, _ = process.communicate(timeout=120)
     assert process.returncode == 75, output
-    assert "SIGUSR1 after" in output and requeued(tmp_path) == ["requeue 7"]
+    assert " samples: go on from" in output and requeued(tmp_path) == ["requeue 7"]
     stopped = launching.lines(there / "metrics.jsonl")[-1]["samples"]
     assert 8 <= stopped < 400
     output = run(command, launching.ROOT, **CPU, **slurm)
