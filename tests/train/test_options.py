@@ -104,7 +104,7 @@ def gradients(trainer: Trainer, positions) -> tuple[torch.Tensor, torch.Tensor]:
     loss = trainer.objective(collate([trainer.dataset[p] for p in positions]))
     trainer.accelerator.backward(loss)
     scale = 1.0 if trainer.accelerator.scaler is None else trainer.accelerator.scaler.get_scale()
-    return loss.detach(), torch.cat([p.grad.flatten().double() / scale for p in trainer.trained])
+    return loss.detach(), torch.cat([p.grad.flatten().double() / scale for p in trainer.engine.trained])
 
 
 def mean_of_kept(pred, target, weight, keep, reduction: str) -> torch.Tensor:
@@ -137,7 +137,7 @@ def test_masking_equals_leaving_out(tmp_path, folder, models, options):
     assert 0 < keep.sum() < BATCH
     assert np.isfinite(loss.item()) and masked.isfinite().all() and masked.norm() > 0
     trainer.step(BATCH)
-    assert all(parameter.isfinite().all() for parameter in trainer.trained)
+    assert all(parameter.isfinite().all() for parameter in trainer.engine.trained)
 
     from accelerate.state import AcceleratorState
 
