@@ -6,7 +6,6 @@ Exit codes: 0 done; 1 an error, which is printed; 75 interrupted by SIGTERM or S
 with --checkpoint.resume=true. What starts several processes (torchrun, accelerate launch) makes 1 of a 75.
 """
 
-import errno
 import os
 import sys
 
@@ -25,6 +24,7 @@ def main(argv: list[str] | None = None) -> int:
 
     quiet_libraries()
     from memfilter.data.shards import ShardError
+    from memfilter.files import is_full
     from memfilter.filter import EmptySteps, NonFiniteNorm
     from memfilter.pipelines import ModelError
     from memfilter.train.checkpoint import CheckpointError
@@ -44,7 +44,7 @@ def main(argv: list[str] | None = None) -> int:
     except (ConfigError, ModelError, ShardError, NonFiniteNorm, EmptySteps, CheckpointError) as error:
         return report_error(error)
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        if not is_full(error):
             raise
         return report_error(error)
     end_processes()

@@ -55,11 +55,12 @@ def report(off: str, on: str, out: str) -> None:
 
 
 def quiet_libraries() -> None:
-    """diffusers and transformers greet every start with warnings about packages that are not needed here, and so does
-    bitsandbytes, which they import. Call this before they are imported."""
+    """diffusers and transformers greet every start with warnings about packages that are not needed here, and so do
+    bitsandbytes and DeepSpeed, which they import. Call this before they are imported."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    logging.getLogger("DeepSpeed").addFilter(lambda record: "Setting accelerator to CPU" not in record.getMessage())
 
 
 def report_error(error: Exception) -> int:

@@ -2,12 +2,14 @@
 
 import json
 import os
-import signal
 import socket
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
+
+import psutil
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -55,8 +57,10 @@ def run(settings, *arguments, seconds: float = 300, code: int | None = 0, **name
 
 
 def kill(process: subprocess.Popen) -> None:
-    """SIGKILL for the whole session."""
-    os.killpg(process.pid, signal.SIGKILL)
+    """SIGKILL for all that was started. torchrun's workers have sessions of their own."""
+    for left in [*psutil.Process(process.pid).children(recursive=True), process]:
+        with suppress(psutil.NoSuchProcess):
+            left.kill()
     process.wait()
 
 

@@ -10,6 +10,7 @@ def test_file_is_replaced_whole_or_not_at_all(tmp_path):
         partial.write_text("ne")
         raise OSError("disk full")
     assert path.read_text() == "old"
+    assert [entry.name for entry in tmp_path.iterdir()] == ["a.txt"]
     with atomic(path) as partial:
         partial.write_text("new")
         assert path.read_text() == "old"

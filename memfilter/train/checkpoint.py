@@ -15,6 +15,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from memfilter.config import Config, settings_of
+from memfilter.files import is_full
 
 log = logging.getLogger(__name__)
 
@@ -142,7 +143,7 @@ def _full(directory: Path) -> OSError | None:
     try:
         (directory / "probe").write_bytes(bytes(2**20))
     except OSError as error:
-        return error
+        return error if is_full(error) else None
     return None
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import signal
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 import torch
 import torch.distributed as dist
@@ -27,11 +27,9 @@ class Interruption:
         """Signals are noted, and do nothing else, for as long as this lasts. Only in the main thread; elsewhere they do
         what they do."""
         before = {}
-        try:
+        with suppress(ValueError):
             for number in SIGNALS:
                 before[number] = signal.signal(number, self._note)
-        except ValueError:
-            pass
         try:
             yield self
         finally:

@@ -13,15 +13,16 @@ import torch
 import yaml
 from accelerate.utils import gather_object
 from diffusers import DDPMScheduler
+from safetensors import SafetensorError
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from memfilter.config import Config, ConfigError, check, make_filter
 from memfilter.data.encode import Encoder
 from memfilter.data.sampler import SampleDataset, SampleStream, View, collate
-from memfilter.files import atomic
+from memfilter.files import atomic, is_full
 from memfilter.pipelines import ModelError, add_lora, load_pipeline
-from memfilter.train.checkpoint import Checkpoints, require_same
+from memfilter.train.checkpoint import CheckpointError, Checkpoints, require_same
 from memfilter.train.checks import open_data, require_backend, require_place, require_suitable, resolution_of
 from memfilter.train.engine import Engine, make_accelerator
 from memfilter.train.export import export_lora, export_pipeline
@@ -134,13 +135,13 @@ class Trainer:
 
     def run(self, progress: bool = True) -> dict:
         """Trains, exports, and returns the summary."""
-        config, mem_filter, engine = self.config, self.mem_filter, self.engine
+        config = self.config
         self._open_files()
         # guidance doubles the rows of a picture
         validation = Validation(
             config.log,
             self.pipeline,
-            engine.for_pipeline(),
+            self.engine.for_pipeline(),
             self.dataset,
             self.run_dir / "validation" if self.main else None,
             max(1, config.train.batch_size // 2),
@@ -153,63 +154,79 @@ class Trainer:
             desc=self.run_dir.name,
             mininterval=1,
         )
-        exit_code, began_with = 1, self.seconds
+        exit_code = 1
+        with Interruption(self.accelerator.device).heard() as interruption:  # until all files are closed
+            try:
+                self._train(validation, bar, interruption)
+                summary = self._finish()
+                exit_code = 0
+            except Interrupted:
+                exit_code = EXIT_CODE
+                raise
+            except (OSError, SafetensorError) as error:
+                if is_full(error):
+                    raise self._of_full_disk(error) from error
+                raise
+            finally:
+                bar.close()
+                if self.main:
+                    with suppress(OSError) if exit_code else nullcontext():  # a full disk has been told of
+                        self.audit.close()
+                        self.bad_samples.write(self.bad_samples.take())
+                    self.tracker.close(exit_code)
+            if self.main:
+                with atomic(self.run_dir / "summary.json") as partial:
+                    partial.write_text(json.dumps(summary, indent=1))
+                self.audit.discard_parts()
+            self.accelerator.wait_for_everyone()
+        return summary
+
+    def _train(self, validation: Validation, bar: tqdm, interruption: Interruption) -> None:
+        """From the first batch that is left to the last."""
+        config, engine, began_with = self.config, self.engine, self.seconds
         started = self.reported = time.perf_counter()
         self.reported_at = self.seen
-        try:
-            with Interruption(self.accelerator.device).heard() as interruption, closing(self.batches()) as batches:
-                for batch in batches:
-                    before = self.seen
-                    self.bad_samples.add(batch)
+        with closing(self.batches()) as batches:
+            for batch in batches:
+                before = self.seen
+                self.bad_samples.add(batch)
 
-                    # gradients
-                    with engine.accumulate():
-                        loss = self.objective(batch)
-                        engine.backward(loss)
-                        self.seen += self.forward_samples
-                        self._note(batch, loss)
+                # gradients
+                with engine.accumulate():
+                    loss = self.objective(batch)
+                    engine.backward(loss)
+                    self.seen += self.forward_samples
+                    self._note(batch, loss)
 
-                    # step
-                    if self.accelerator.sync_gradients:
-                        self._step()
+                # step
+                if self.accelerator.sync_gradients:
+                    self._step()
 
-                    # report
-                    bar.update(self.forward_samples)
-                    if _crosses(config.log.every, before, self.seen) or self.seen == config.train.samples:
-                        bar.set_postfix_str(_summary_line(self._report()))
-                    if config.log.validation_every and _crosses(config.log.validation_every, before, self.seen):
-                        with self._untimed(), self.averaged():
-                            pictures = validation.run(self.seen)
-                            if self.main:
-                                self.tracker.images(self.seen, "validation", pictures)
+                # report
+                bar.update(self.forward_samples)
+                if _crosses(config.log.every, before, self.seen) or self.seen == config.train.samples:
+                    bar.set_postfix_str(_summary_line(self._report()))
+                if config.log.validation_every and _crosses(config.log.validation_every, before, self.seen):
+                    with self._untimed(), self.averaged():
+                        pictures = validation.run(self.seen)
+                        if self.main:
+                            self.tracker.images(self.seen, "validation", pictures)
 
-                    # checkpoint
-                    self.seconds = began_with + time.perf_counter() - started
-                    if self.accelerator.sync_gradients:
-                        asked, every = interruption.agreed(), config.checkpoint.every
-                        if asked or (every and _crosses(every, self.seen - self.step_samples, self.seen)):
-                            with self._untimed():
-                                saved = self._checkpoint()
-                        if asked:
-                            exit_code = EXIT_CODE
-                            raise Interrupted(f"{asked} after {self.seen} samples: go on from {saved} with "
-                                              "--checkpoint.resume=true")  # fmt: skip
+                # checkpoint
+                self.seconds = began_with + time.perf_counter() - started
+                if self.accelerator.sync_gradients:
+                    asked, every = interruption.agreed(), config.checkpoint.every
+                    if asked or (every and _crosses(every, self.seen - self.step_samples, self.seen)):
+                        with self._untimed():
+                            saved = self._checkpoint()
+                    if asked:
+                        raise Interrupted(f"{asked} after {self.seen} samples: go on from {saved} with "
+                                          "--checkpoint.resume=true")  # fmt: skip
 
-            summary = self._finish()
-            exit_code = 0
-        finally:
-            bar.close()
-            if self.main:
-                with suppress(OSError) if exit_code else nullcontext():  # a full disk has been told of
-                    self.audit.close()
-                    self.bad_samples.write(self.bad_samples.take())
-                self.tracker.close(exit_code)
-        if self.main:
-            with atomic(self.run_dir / "summary.json") as partial:
-                partial.write_text(json.dumps(summary, indent=1))
-            self.audit.discard_parts()
-        self.accelerator.wait_for_everyone()
-        return summary
+    def _of_full_disk(self, error: Exception) -> CheckpointError:
+        found = self.checkpoints.newest() if self.main else None
+        left = f"; go on from {found[0]} with --checkpoint.resume=true" if found else ""
+        return CheckpointError(f"{self.run_dir} cannot be written after {self.seen} samples: {error}{left}")
 
     def batches(self):
         """Those of `loader`, whose processes end with this, whatever ends it: they are deaf to what else would end them."""

@@ -371,6 +371,19 @@ def test_full_disk_ends_the_run_in_one_line_and_leaves_the_checkpoints_it_has(se
         assert same(content(path), content(whole / "checkpoints" / path.name))
 
 
+def test_full_disk_between_checkpoints_names_the_run_and_the_newest(settings, whole, small_disk, tmp_path):
+    size = sum(path.stat().st_size for path in checkpoints(whole)[-1].iterdir())
+    run, after = tmp_path / "disk" / "run", tmp_path / "after" / "run"
+    script = small_disk(int(1.1 * size))  # no room for the pipeline at the end
+    output = launching.run(settings(run, "--checkpoint.every=96"), processes=None, script=script, code=1)
+    (error,) = (line for line in output.splitlines() if line.startswith("error: "))
+    assert error.startswith(f"error: {run} cannot be written after {SAMPLES} samples: ")
+    assert "No space left on device" in error
+    assert error.endswith(f"; go on from {run / 'checkpoints' / f'{96:012d}'} with --checkpoint.resume=true")
+    assert "Traceback" not in output
+    assert {path.name for path in after.glob(".*")} <= {".pipeline.partial"}
+
+
 # what is refused
 
 

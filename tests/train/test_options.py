@@ -128,7 +128,7 @@ def test_masking_equals_leaving_out(tmp_path, folder, models, options):
     verdict = trainer.mem_filter.verdict
     norms = verdict.text_norm[verdict.checked].sort().values
     tau = ((norms[len(norms) // 2 - 1] + norms[len(norms) // 2]) / 2).item()
-    trainer.optimizer.zero_grad()
+    trainer.engine.optimizer.zero_grad()
     trainer.mem_filter.threshold = FixedThreshold(tau)
 
     tolerance = TOLERANCE[options["mixed_precision"]]
@@ -136,7 +136,7 @@ def test_masking_equals_leaving_out(tmp_path, folder, models, options):
     keep = trainer.mem_filter.verdict.keep
     assert 0 < keep.sum() < BATCH
     assert np.isfinite(loss.item()) and masked.isfinite().all() and masked.norm() > 0
-    trainer.step(BATCH)
+    trainer.engine.step(trainer.mem_filter, trainer.lr_at(BATCH - 1))
     assert all(parameter.isfinite().all() for parameter in trainer.engine.trained)
 
     from accelerate.state import AcceleratorState
