@@ -7,6 +7,8 @@ import os
 import sys
 from pathlib import Path
 
+from memfilter.data.plan import Plan
+
 
 def scenes(out: str, seed: int = 0, duplicates: int = 20, repeats: int = 500, distinct: int = 6000) -> None:
     """Write clipart scenes as webdataset shards with an index of roles and repeats.
@@ -21,6 +23,47 @@ def scenes(out: str, seed: int = 0, duplicates: int = 20, repeats: int = 500, di
     from memfilter.data.experiment import prepare_scenes
 
     print(prepare_scenes(Path(out), seed, duplicates, repeats, distinct))
+
+
+def experiment(data: str, out: str, hashes: str | None = None, processes: int | None = None, **conditions) -> None:
+    """Choose pictures to be shown often and others to be shown once, none a copy of another, and write a manifest.
+
+    Args:
+        data: directory of img2dataset's shards or of pictures with .txt files, or of directories of them.
+        out: directory for manifest.parquet, lost.jsonl (what is of no use, and why) and hashes/, from which an
+            interrupted search goes on.
+        hashes: another directory for the hashes, to be shared by several experiments.
+        processes: that read and hash; by default one for each core.
+        **conditions: see `Plan`.
+    """
+    plan = Plan(**conditions)
+    from memfilter.data.manifest import MANIFEST
+    from memfilter.data.select import prepare_experiment
+
+    prepare_experiment(Path(data), Path(out), plan, processes, Path(hashes) if hashes else None)
+    print(Path(out, MANIFEST))
+
+
+def verify(manifest: str, data: str | None = None) -> None:
+    """Read every picture of a manifest again; exit code 1 and a line for each that is not as it was.
+
+    Args:
+        manifest: Parquet file.
+        data: directory of the shards; by default the manifest's.
+    """
+    from memfilter.data.manifest import require_unchanged
+
+    samples = require_unchanged(Path(manifest), Path(data) if data else Path(manifest).parent)
+    print(f"{samples:,} samples are as they were")
+
+
+def cache(*settings: str) -> None:
+    """Encode every picture and caption once, for training to read; see `memfilter cache --help`."""
+    from memfilter.data.make_cache import main as make
+
+    out = make(list(settings))
+    if os.environ.get("RANK", "0") == "0":
+        print(out)
 
 
 def evaluate(run: str, distinct: int = 20, seeds: int = 4, steps: int = 20, guidance_scale: float = 4.0) -> None:
@@ -74,13 +117,30 @@ def report_error(error: Exception) -> int:
 def main(argv: list[str] | None = None) -> int:
     from jsonargparse import auto_cli
 
+    from memfilter.data import laion
+
     quiet_libraries()
     commands = {
-        "prepare": {"_help": "make data to train on", "scenes": scenes},
+        "prepare": {
+            "_help": "make data to train on",
+            "laion": {
+                "_help": "choose from LAION-style metadata, and download",
+                "select": laion.select,
+                "download": laion.download,
+            },
+            "scenes": scenes,
+            "experiment": experiment,
+            "verify": verify,
+        },
+        "cache": cache,
         "evaluate": evaluate,
         "report": report,
     }
+    argv = sys.argv[1:] if argv is None else argv
     try:
+        if argv[:1] == ["cache"]:  # takes the settings of a training run
+            cache(*argv[1:])
+            return 0
         auto_cli(commands, args=argv, prog="memfilter", as_positional=True)
     except (ValueError, OSError) as error:
         return report_error(error)

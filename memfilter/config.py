@@ -44,8 +44,9 @@ class DataConfig:
     Args:
         path: img2dataset-style tar shards (.png/.jpg/.webp, .txt, .json): their directory, or one tar file; or a flat
             folder of pictures with .txt files of the same names.
-        index: Parquet file with key, role (distinct or duplicate) and repeats; by default index.parquet beside the
-            data where there is one, else every sample counts once.
+        index: Parquet file with key, role (distinct or duplicate) and repeats, or a manifest of `memfilter prepare
+            experiment`; by default index.parquet beside the data where there is one, else every sample counts once.
+        order: of an epoch; shuffled, or spread (the copies of a sample come about equally far apart).
         resolution: pixels; the shorter side becomes this, then a square is cropped. By default what the denoiser was
             made for.
         random_crop: the square lies at random; else in the centre.
@@ -53,17 +54,20 @@ class DataConfig:
         caption_dropout: share of samples that are shown with the empty caption (classifier-free guidance). It works
             against the filter: the null prediction then learns the duplicates too.
         max_bad_share: more unreadable samples than this share of train.samples end the run.
+        cache: directory that `memfilter cache` has made with the same model and data; null encodes while it trains.
         cache_gb: memory on the device for encodings of pictures and captions that come again.
         workers: processes that read and decode ahead; 0 reads in the main process, and only what is not in the cache.
     """
 
     path: str = "runs/scenes"
     index: str | None = None
+    order: Literal["shuffled", "spread"] = "shuffled"
     resolution: int | None = None
     random_crop: bool = False
     random_flip: bool = False
     caption_dropout: float = 0.0
     max_bad_share: float = 0.01
+    cache: str | None = None
     cache_gb: float = 1.0
     workers: int = 0
 
@@ -236,6 +240,8 @@ def check(config: Config) -> None:
     require(_SHARES, lambda value: 0 <= value < 1, "at least 0 and below 1")
     require(("train.seed",), lambda value: value < 2**63, "below 2**63")
     errors += _about_time(config.train)
+    if config.data.cache and config.data.random_crop:
+        errors.append("data.random_crop=true and data.cache exclude each other: a crop that is random cannot be cached")
     if config.model.lora_rank is not None and not config.model.lora_targets:
         errors.append("model.lora_targets must name at least one layer")
     if not re.fullmatch(r"[\w.-]+", config.log.project):

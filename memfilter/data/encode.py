@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections import ChainMap
+from collections.abc import Callable, MutableMapping, Sequence
 
 import torch
 from torch import Tensor
@@ -22,16 +23,19 @@ class Encoder:
         device: where encoding happens and results live.
         memory: bytes of encodings that are remembered; what does not fit is encoded each time.
         rows: so many are encoded at once.
+        cache: a `memfilter.data.cache.Cache`; what it holds is read and not encoded.
     """
 
-    def __init__(self, pipeline, device, memory: int = 1 << 30, rows: int = 8):
+    def __init__(self, pipeline, device, memory: int = 1 << 30, rows: int = 8, cache=None):
         self.pipeline, self.vae, self.device = pipeline, pipeline.vae, device
         for name in ("vae", "text_encoder", "text_encoder_2"):
             if (part := getattr(pipeline, name, None)) is not None:
                 part.requires_grad_(False).eval().to(device)
         self._free, self._rows = memory, rows
-        self._pictures: dict[tuple, tuple[Tensor, ...]] = {}  # view -> posterior [2, C, H, W], time_ids [6]
-        self._prompts: dict[str, tuple[Tensor, ...]] = {}  # caption -> [L, D] and, for SDXL, pooled [P]
+        pictures, prompts = (cache.pictures, cache.prompts) if cache else ({}, {})
+        # what is remembered goes before what is in the cache: view -> posterior [2, C, H, W], time_ids [6]
+        self._pictures: MutableMapping[tuple, tuple[Tensor, ...]] = ChainMap({}, pictures)
+        self._prompts: MutableMapping[str, tuple[Tensor, ...]] = ChainMap({}, prompts)  # caption -> [L, D], [P] of SDXL
         null = self._encode([""], empty=True)
         self._prompts[""] = tuple(part[0] for part in null)
 
@@ -54,6 +58,14 @@ class Encoder:
             draw: standard normal [B, C, h, w] with which the VAE's posterior is sampled.
             remember: which samples are worth a place in memory, because they come again; None for all.
         """
+        posteriors, time_ids = self.posteriors(batch, remember)
+        mean, std = posteriors.unbind(1)
+        return (mean + std * draw.to(self.device, non_blocking=True)) * self.vae.config.scaling_factor, time_ids
+
+    @torch.no_grad()
+    def posteriors(self, batch: dict, remember: Sequence[bool] | None = None) -> tuple[Tensor, Tensor]:
+        """Mean and standard deviation of the VAE's posterior, not scaled [B, 2, C, h, w], and time_ids [B, 6]; arguments
+        as for `pictures`."""
 
         def encode(rows: list[int]) -> tuple[Tensor, ...]:
             pixels = torch.stack([batch["pixels"][row] for row in rows])
@@ -63,9 +75,7 @@ class Encoder:
             time_ids = torch.tensor(facts, dtype=torch.float32).to(self.device, non_blocking=True)
             return torch.stack([posterior.mean, posterior.std], 1).float(), time_ids  # [b, 2, C, h, w], [b, 6]
 
-        posteriors, time_ids = self._look_up(self._pictures, batch["view"], encode, remember)
-        mean, std = posteriors.unbind(1)
-        return (mean + std * draw.to(self.device, non_blocking=True)) * self.vae.config.scaling_factor, time_ids
+        return self._look_up(self._pictures, batch["view"], encode, remember)
 
     @torch.no_grad()
     def prompts(
@@ -79,11 +89,15 @@ class Encoder:
             remember: as for `pictures`.
             time_ids: [B, 6] of `pictures`.
         """
+        return self._named(self.embeddings(captions, remember), time_ids)
+
+    def embeddings(self, captions: Sequence[str], remember: Sequence[bool] | None = None) -> tuple[Tensor, ...]:
+        """[B, L, D] and, for SDXL, the pooled ones [B, P]; arguments as for `prompts`."""
 
         def encode(rows: list[int]) -> tuple[Tensor, ...]:
             return self._encode([captions[row] for row in rows])
 
-        return self._named(self._look_up(self._prompts, captions, encode, remember), time_ids)
+        return self._look_up(self._prompts, captions, encode, remember)
 
     def _encode(self, captions: list[str], empty: bool = False) -> tuple[Tensor, ...]:
         with torch.no_grad():
@@ -100,9 +114,10 @@ class Encoder:
         return {"encoder_hidden_states": encoded[0], "added_cond_kwargs": added}
 
     def _look_up(
-        self, memory: dict, names: Sequence, encode: Callable, remember: Sequence[bool] | None
+        self, memory: MutableMapping, names: Sequence, encode: Callable, remember: Sequence[bool] | None
     ) -> tuple[Tensor, ...]:
-        found = {name: memory[name] for name in names if name in memory}
+        known = [name for name in dict.fromkeys(names) if name in memory]
+        found = {name: tuple(part.to(self.device, non_blocking=True) for part in memory[name]) for name in known}
         rows = {name: row for row, name in enumerate(names) if name not in found}  # one row for every new name
         new = list(rows)
         for chunk in (new[start : start + self._rows] for start in range(0, len(new), self._rows)):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import shutil
 from collections.abc import Sequence
@@ -19,6 +20,7 @@ from memfilter.data.shards import Shards, write_shards
 
 ROLES = ("distinct", "duplicate")
 INDEX = "index.parquet"
+HEADER = b"memfilter"  # under which a manifest keeps its JSON header in the metadata of its schema
 
 
 @dataclass(frozen=True)
@@ -28,23 +30,29 @@ class Experiment:
     keys: Sequence[str]
     duplicate: np.ndarray | None  # bool [N]; None where nothing is known
     repeats: np.ndarray  # int [N]
+    contents: str = ""  # a manifest's fingerprint of pictures and captions
 
     @classmethod
     def read(cls, path: str | os.PathLike) -> Experiment:
-        """From a Parquet file with the columns key, role (distinct or duplicate) and repeats.
+        """From a Parquet file with the columns key, role (distinct or duplicate) and repeats: an index or a manifest.
 
         Raises:
             ValueError: a column is missing, a role is unknown, or a sample repeats less than once.
         """
-        table = pq.read_table(path)
-        if missing := {"key", "role", "repeats"} - set(table.column_names):
+        columns, schema = ["key", "role", "repeats"], pq.read_schema(path)
+        if missing := set(columns) - set(schema.names):
             raise ValueError(f"index {path} lacks the columns {', '.join(sorted(missing))}")
+        table = pq.read_table(path, columns=columns, partitioning=None)
         roles, repeats = np.array(table["role"].to_pylist()), table["repeats"].to_numpy()
         if unknown := set(roles) - set(ROLES):
             raise ValueError(f"index {path} has the roles {sorted(unknown)}: expected {' or '.join(ROLES)}")
         if (repeats < 1).any():
             raise ValueError(f"index {path} has a sample that repeats {repeats.min()} times: leave it out instead")
-        return cls(table["key"].to_pylist(), roles == "duplicate", repeats)
+        try:
+            contents = str(json.loads(schema.metadata[HEADER])["data"])
+        except (KeyError, TypeError, ValueError, RecursionError):  # no manifest; opening it refuses a broken one
+            contents = ""
+        return cls(table["key"].to_pylist(), roles == "duplicate", repeats, contents)
 
     @classmethod
     def of_shards(cls, shards: Shards) -> Experiment:
@@ -57,8 +65,8 @@ class Experiment:
         return np.repeat(np.arange(len(self.keys)), self.repeats)
 
     def fingerprint(self) -> str:
-        """sha256 of keys and repeats: what decides which sample is shown when."""
-        digest = hashlib.sha256(np.ascontiguousarray(self.repeats, dtype="<i8").tobytes())
+        """sha256 of keys and repeats, which decide what is shown when, and of the contents where they are known."""
+        digest = hashlib.sha256(self.contents.encode() + np.ascontiguousarray(self.repeats, dtype="<i8").tobytes())
         for key in self.keys:
             digest.update(key.encode() + b"\0")
         return digest.hexdigest()

@@ -14,26 +14,38 @@ from torch.utils.data import Dataset
 from memfilter.data.experiment import Experiment
 from memfilter.data.shards import MAX_PIXELS, ShardError, Shards
 
-_NOISE, _TIMESTEP, _POSTERIOR, _CAPTION, _OFFSET, _CROP, _FLIP = range(7)
+_NOISE, _TIMESTEP, _POSTERIOR, _CAPTION, _OFFSET, _CROP, _FLIP, _ORDER = range(8)
 
 
 class SampleStream:
     """An endless stream of virtual samples: every epoch is a permutation of all of them.
 
     Args:
-        rows: row of every virtual sample.
+        rows: row of every virtual sample; a row that stands there r times has r copies.
+        spread: of r parts of the epoch, about equally long, each has one of the r copies, at a random place; else the
+            order is all random, and copies crowd here and there.
     """
 
-    def __init__(self, rows: np.ndarray, seed: int):
-        self.rows, self.seed = rows, seed
+    def __init__(self, rows: np.ndarray, seed: int, spread: bool = False):
+        self.rows, self.seed, self.spread = rows, seed, spread
         self._epoch, self._order = None, rows
 
     def row(self, position: int) -> int:
         """The row that is shown at this position."""
         epoch, place = divmod(position, len(self.rows))
         if epoch != self._epoch:
-            self._epoch, self._order = epoch, np.random.default_rng((self.seed, epoch)).permutation(self.rows)
+            self._epoch, self._order = epoch, self._spread(epoch) if self.spread else self._shuffled(epoch)
         return int(self._order[place])
+
+    def _shuffled(self, epoch: int) -> np.ndarray:
+        return np.random.default_rng((self.seed, epoch)).permutation(self.rows)
+
+    def _spread(self, epoch: int) -> np.ndarray:
+        rows = np.sort(self.rows)
+        _, first, inverse, repeats = np.unique(rows, return_index=True, return_inverse=True, return_counts=True)
+        copy = np.arange(len(rows)) - first[inverse]  # 0 ... r - 1
+        share = _generator(self.seed, epoch, _ORDER).random(len(rows))
+        return rows[np.argsort((copy + share) / repeats[inverse], kind="stable")]
 
 
 def _generator(seed: int, position: int, purpose: int) -> np.random.Generator:

@@ -22,6 +22,10 @@ class ShardError(ValueError):
     """A shard is missing, truncated, or holds something that cannot be read."""
 
 
+class TooLarge(ShardError):
+    """A picture has more pixels than are ever decoded."""
+
+
 @dataclass(frozen=True)
 class Member:
     """Where a file stands: which shard, first byte, number of bytes. A file in a folder is a shard of its own."""
@@ -80,18 +84,7 @@ class Shards:
             ShardError: it cannot be decoded, or has more than `MAX_PIXELS`.
         """
         suffix = next(s for s in IMAGE_SUFFIXES if s in self.members[key])
-        try:
-            with warnings.catch_warnings(action="ignore", category=Image.DecompressionBombWarning):
-                picture = Image.open(io.BytesIO(self._bytes(key, suffix)), formats=("PNG", "JPEG", "WEBP"))
-            if picture.width * picture.height > MAX_PIXELS:
-                raise ValueError(f"{picture.width} x {picture.height} pixels are more than {MAX_PIXELS:,}")
-            return ImageOps.exif_transpose(picture).convert("RGB")
-        # decoders raise much more than they say on broken files
-        except Exception as error:  # noqa: BLE001
-            if isinstance(error, ShardError):
-                raise
-            reason = "this is no picture of a known kind" if isinstance(error, UnidentifiedImageError) else error
-            raise ShardError(f"sample {key!r} in {self.members[key][suffix].shard}: {reason}") from error
+        return decode(self._bytes(key, suffix), f"sample {key!r} in {self.members[key][suffix].shard}")
 
     def caption(self, key: str) -> str:
         """The caption of a sample, of `MAX_CAPTION` bytes at most; empty where it has none."""
@@ -116,6 +109,30 @@ class Shards:
                 return file.read(member.size if limit is None else min(member.size, limit))
         except OSError as error:
             raise ShardError(f"shard {member.shard} cannot be read ({error}): fetch or write it again") from error
+
+
+def decode(data: bytes, name: str) -> Image.Image:
+    """The picture of a PNG, JPEG or WebP file, RGB, the way it is to be looked at.
+
+    Args:
+        name: of the picture, for errors.
+
+    Raises:
+        TooLarge: it has more than `MAX_PIXELS`.
+        ShardError: it cannot be decoded.
+    """
+    try:
+        with warnings.catch_warnings(action="ignore", category=Image.DecompressionBombWarning):
+            picture = Image.open(io.BytesIO(data), formats=("JPEG", "PNG", "WEBP"))
+        if picture.width * picture.height > MAX_PIXELS:
+            raise Image.DecompressionBombError(f"{picture.width} x {picture.height} pixels are more than {MAX_PIXELS:,}")
+        ImageOps.exif_transpose(picture, in_place=True)
+        return picture if picture.mode == "RGB" else picture.convert("RGB")
+    # decoders raise much more than they say on broken files
+    except Exception as error:  # noqa: BLE001
+        reason = "this is no picture of a known kind" if isinstance(error, UnidentifiedImageError) else error
+        kind = TooLarge if isinstance(error, Image.DecompressionBombError) else ShardError
+        raise kind(f"{name}: {reason}") from error
 
 
 def _scan(path: Path) -> Iterable[tuple[str, str, Member]]:

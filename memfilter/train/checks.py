@@ -10,6 +10,8 @@ import torch
 
 from memfilter.config import Config, ConfigError
 from memfilter.data.experiment import Experiment, index_beside
+from memfilter.data.manifest import ManifestShards, is_manifest
+from memfilter.data.saved import SavedDataset, is_saved_dataset
 from memfilter.data.shards import Shards
 from memfilter.pipelines import ModelError
 from memfilter.preflight import UnsuitableModel, validate
@@ -38,16 +40,22 @@ def require_backend(name: str) -> None:
         raise ConfigError(f"train.compile: there is no backend {name!r}: expected one of {', '.join(known)}")
 
 
-def open_data(config: Config) -> tuple[Shards, Experiment]:
+def open_data(config: Config) -> tuple[Shards | ManifestShards | SavedDataset, Experiment]:
     """Pictures and captions, and which of them are shown how often.
 
     Raises:
         ConfigError, ShardError: they cannot be read, or do not belong together.
     """
-    shards = Shards.open(config.data.path)
     index = Path(config.data.index) if config.data.index else index_beside(config.data.path)
     if config.data.index and not index.is_file():
         raise ConfigError(f"data.index: {index} does not exist")
+    manifest = index.is_file() and is_manifest(index)
+    if manifest:
+        shards = ManifestShards(index, config.data.path)
+    elif is_saved_dataset(Path(config.data.path)):
+        shards = SavedDataset(config.data.path)
+    else:
+        shards = Shards.open(config.data.path)
     try:
         experiment = Experiment.read(index) if index.is_file() else Experiment.of_shards(shards)
         experiment.require(shards)

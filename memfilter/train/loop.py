@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from memfilter.config import Config, ConfigError, check, make_filter
+from memfilter.data.cache import Cache, fingerprint
 from memfilter.data.encode import Encoder
 from memfilter.data.sampler import SampleDataset, SampleStream, View, collate
 from memfilter.files import atomic, is_full
@@ -84,8 +85,12 @@ class Trainer:
             require_backend(config.train.compile)
             pipeline.unet.compile(backend=config.train.compile)
         resolution = resolution_of(config, pipeline)
+        cache = None
+        if config.data.cache:
+            cache = Cache.open(config.data.cache, fingerprint(config, pipeline, shards, experiment, resolution))
+            shards = cache.shards(shards)
         memory = int(config.data.cache_gb * 2**30)
-        encoder = Encoder(pipeline, self.accelerator.device, memory=memory, rows=config.train.batch_size)
+        encoder = Encoder(pipeline, self.accelerator.device, memory=memory, rows=config.train.batch_size, cache=cache)
         noise_scheduler = DDPMScheduler.from_config(pipeline.scheduler.config)
         self.mem_filter = make_filter(config.filter)
         require_suitable(config, pipeline, noise_scheduler, resolution)
@@ -99,10 +104,10 @@ class Trainer:
         self.dataset = SampleDataset(
             shards,
             experiment,
-            SampleStream(experiment.virtual(), config.train.seed),
+            SampleStream(experiment.virtual(), config.train.seed, config.data.order == "spread"),
             View(resolution, config.data.random_crop, config.data.random_flip),
             config.train.samples,
-            encoder.remembered if config.data.workers == 0 else frozenset(),
+            encoder.remembered if config.data.workers == 0 else frozenset(cache.pictures if cache else ()),
         )
 
         # optimizer

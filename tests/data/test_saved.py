@@ -1,0 +1,82 @@
+"""Hugging Face datasets on disk, written by the library itself."""
+
+import io
+
+import numpy as np
+import pytest
+from datasets import Dataset, DatasetDict, Features, Image, Value
+from PIL import Image as Pictures
+
+from memfilter.data.experiment import Experiment
+from memfilter.data.saved import SavedDataset, is_saved_dataset
+from memfilter.data.shards import MAX_CAPTION, ShardError
+
+COLOURS = [(200, 10, 10), (10, 200, 10), (10, 10, 200)]
+CAPTIONS = ["red", "  green\n", None]
+
+
+def png(colour, size=(8, 6)) -> dict:
+    buffer = io.BytesIO()
+    Pictures.new("RGB", size, colour).save(buffer, "png")
+    return {"bytes": buffer.getvalue(), "path": None}
+
+
+def save(out, pictures, captions, column="text"):
+    features = Features({"image": Image(), column: Value("string")})
+    Dataset.from_dict({"image": pictures, column: captions}, features=features).save_to_disk(out)
+    return out
+
+
+@pytest.mark.parametrize("column", ["text", "caption", "TEXT", "prompt"])
+def test_rows_are_found_by_their_number(tmp_path, column):
+    saved = SavedDataset(save(tmp_path / "d", [png(c) for c in COLOURS], CAPTIONS, column))
+    assert saved.keys() == ["000000000", "000000001", "000000002"]
+    assert [saved.caption(key) for key in saved.keys()] == ["red", "green", ""]
+    for key, colour in zip(saved.keys(), COLOURS, strict=True):
+        picture = saved.image(key)
+        assert picture.size == (8, 6) and (np.asarray(picture) == colour).all()
+    experiment = Experiment.of_shards(saved)
+    experiment.require(saved)
+    assert experiment.repeats.tolist() == [1, 1, 1]
+
+
+def test_saved_dataset_is_told_from_other_directories(tmp_path, scenes_dir):
+    assert is_saved_dataset(save(tmp_path / "d", [png(COLOURS[0])], ["a"]))
+    assert not is_saved_dataset(scenes_dir)
+
+
+def test_long_captions_are_cut_between_characters(tmp_path):
+    saved = SavedDataset(save(tmp_path / "d", [png(COLOURS[0])], ["é" * 2**20]))
+    assert saved.caption("000000000") == "é" * (MAX_CAPTION // 2)
+
+
+def test_pictures_that_cannot_be_read_are_named(tmp_path):
+    bomb = io.BytesIO()
+    Pictures.new("1", (20_000, 20_000)).save(bomb, "png")
+    pictures = [{"bytes": b"no picture", "path": None}, {"bytes": bomb.getvalue(), "path": None}, None]
+    saved = SavedDataset(save(tmp_path / "d", pictures, ["a", "b", "c"]))
+    for key, reason in zip(saved.keys(), ["no picture of a known kind", "400000000 pixels", "no bytes"], strict=True):
+        with pytest.raises(ShardError, match=f"row {int(key)} .*{reason}"):
+            saved.image(key)
+
+
+def test_dataset_that_points_to_files_elsewhere_does_not_have_them_read(tmp_path):
+    Pictures.new("RGB", (4, 4)).save(tmp_path / "outside.png")
+    saved = SavedDataset(save(tmp_path / "d", [{"bytes": None, "path": str(tmp_path / "outside.png")}], ["a"]))
+    try:
+        picture = saved.image("000000000")
+    except ShardError:
+        return
+    assert picture.size == (4, 4)  # saved by the library with its bytes
+
+
+def test_splits_and_missing_columns_are_told(tmp_path):
+    rows = Dataset.from_dict({"text": ["a"]})
+    DatasetDict({"train": rows, "test": rows}).save_to_disk(tmp_path / "splits")
+    with pytest.raises(ShardError, match="splits train, test"):
+        SavedDataset(tmp_path / "splits")
+    rows.save_to_disk(tmp_path / "rows")
+    with pytest.raises(ShardError, match="one column of pictures, found 0"):
+        SavedDataset(tmp_path / "rows")
+    with pytest.raises(ShardError, match="cannot be read"):
+        SavedDataset(tmp_path)
