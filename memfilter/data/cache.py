@@ -32,7 +32,7 @@ from torch import Tensor
 
 from memfilter.config import Config, ConfigError
 from memfilter.data.experiment import Experiment
-from memfilter.data.shards import IMAGESUFFIXES, ShardError, Shards
+from memfilter.data.shards import IMAGE_SUFFIXES, ShardError, Shards
 
 FORMAT = 1
 INDEX, COMPLETE = "index.parquet", "cache.json"
@@ -105,7 +105,7 @@ def _digest_of_pictures(shards, keys: Iterable[str]) -> str:
         return getattr(shards, "fingerprint", "")  # a manifest's is that of the experiment
     digest = hashlib.sha256()
     for key in keys:
-        sizes = sorted((s, member.size) for s, member in shards.members[key].items() if s in IMAGESUFFIXES)
+        sizes = sorted((s, member.size) for s, member in shards.members[key].items() if s in IMAGE_SUFFIXES)
         digest.update(f"{key}\0{sizes}\n".encode())
     return digest.hexdigest()
 

@@ -21,15 +21,18 @@ from itertools import count
 from pathlib import Path
 from types import SimpleNamespace
 
+import launching
 import numpy as np
 import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import tiny
 from PIL import Image
 
 from memfilter.data import scenes
 from memfilter.data.laion_download import find_command
+from memfilter.data.manifest import MANIFEST, read_manifest
 from memfilter.data.shards import Shards
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -37,7 +40,8 @@ SIZE, PER_SHARD, SHARDS = 64, 50, 6
 GOOD = "a picture"
 # what the server does -> (addresses where it does so, what becomes of them)
 BEHAVIOURS = {
-    "jpg": (70, GOOD),
+    "jpg": (65, GOOD),
+    "recompressed": (5, GOOD),
     "png": (60, GOOD),
     "webp": (30, GOOD),
     "redirect": (14, GOOD),
@@ -69,6 +73,8 @@ BEHAVIOURS = {
     "to_nobody": (2, "Connection refused"),
     "hangs_up": (2, "Remote end closed connection without response"),
 }
+# behaviour -> the scene that it shows whatever its address
+COPIES = {"same_bytes": 0, "recompressed": 1}
 
 
 @pytest.fixture(scope="session")
@@ -83,9 +89,9 @@ def scene(number: int) -> scenes.Scene:
     return scenes.draw(21, scenes.DISTINCT, number, specific=1)
 
 
-def encoded(picture: Image.Image, form: str) -> bytes:
+def encoded(picture: Image.Image, form: str, quality: int = 95) -> bytes:
     buffer = io.BytesIO()
-    picture.save(buffer, form, **({"quality": 95} if form != "png" else {}))
+    picture.save(buffer, form, **({"quality": quality} if form != "png" else {}))
     return buffer.getvalue()
 
 
@@ -144,7 +150,8 @@ class Site:
         return f"http://127.0.0.1:{self.server.server_port}{path}"
 
     def picture(self, address: str) -> Image.Image:
-        number = 0 if "/same_bytes/" in address else self.numbers[address]
+        copied = next((n for name, n in COPIES.items() if f"/{name}/" in address), None)
+        number = self.numbers[address] if copied is None else copied
         return scenes.render(scene(number), SIZE)
 
     def answer(self, handler, behaviour: str, number: int, bomb: bytes) -> None:
@@ -179,7 +186,9 @@ class Site:
                 again = self.asked[self.address(handler.path)] > 1
                 send(jpg if again else b"", 200 if again else 503)
             case "same_bytes":
-                send(encoded(scenes.render(scene(0), SIZE), "jpeg"))
+                send(encoded(scenes.render(scene(COPIES[behaviour]), SIZE), "jpeg"))
+            case "recompressed":
+                send(encoded(scenes.render(scene(COPIES[behaviour]), SIZE), "jpeg", quality=30 + number % 40))
             case "large":
                 send(encoded(scenes.render(scene(number), SIZE).resize((5 * SIZE, 5 * SIZE)), "jpeg"))
             case "missing":
@@ -290,7 +299,7 @@ def write_metadata(folder: Path, site: Site) -> SimpleNamespace:
 
 def command(*arguments, **options) -> subprocess.Popen:
     return subprocess.Popen(
-        [sys.executable, "-m", "memfilter.cli", "prepare", "laion", *map(str, arguments)],
+        [sys.executable, "-m", "memfilter.cli", "prepare", *map(str, arguments)],
         cwd=ROOT,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -354,13 +363,13 @@ def downloaded(img2dataset, site, tmp_path_factory):
     (folder / "metadata").mkdir()
     metadata = write_metadata(folder / "metadata", site)
     selection, out = folder / "selection", folder / "shards"
-    run("select", folder / "metadata", selection, "--where=width >= 512 and punsafe < 0.1", "--seed=3")
-    process = command("download", selection, out, *DOWNLOAD)
+    run("laion", "select", folder / "metadata", selection, "--where=width >= 512 and punsafe < 0.1", "--seed=3")
+    process = command("laion", "download", selection, out, *DOWNLOAD)
     wait_until(lambda: len(done_shards(out)) >= 2, process)
     end(process)
     before = SimpleNamespace(asked=site.asked.copy(), shards=done_shards(out), files=contents(out))
     assert 2 <= len(before.shards) < SHARDS
-    output = run("download", selection, out, *DOWNLOAD)
+    output = run("laion", "download", selection, out, *DOWNLOAD)
     return SimpleNamespace(selection=selection, out=out, before=before, output=output, metadata=metadata)
 
 
@@ -414,14 +423,14 @@ def test_killed_download_goes_on_without_losing_or_repeating_anything(downloaded
 
 def test_finished_download_is_not_done_again(downloaded, site):
     asked, files = site.asked.copy(), contents(downloaded.out)
-    assert run("download", downloaded.selection, downloaded.out, *DOWNLOAD).endswith(downloaded.output[-200:])
+    assert run("laion", "download", downloaded.selection, downloaded.out, *DOWNLOAD).endswith(downloaded.output[-200:])
     assert site.asked == asked and contents(downloaded.out) == files
 
 
 def test_other_settings_are_refused(downloaded):
     files = contents(downloaded.out)
     settings = [*DOWNLOAD, "--image_size=32", "--timeout=3"]
-    output = run("download", downloaded.selection, downloaded.out, *settings, code=1)
+    output = run("laion", "download", downloaded.selection, downloaded.out, *settings, code=1)
     assert output == (
         f"error: {downloaded.out} was begun with another image_size: set it back, or choose another directory\n"
     )
@@ -432,8 +441,8 @@ def test_what_is_ended_leaves_no_process_and_no_half_shard_and_what_goes_on_is_n
     site = Site({"jpg": (20, GOOD), "stalls": (4, "too slow")})
     table = {"url": list(site.outcomes), "caption": ["c"] * 24}
     pq.write_table(pa.table(table), tmp_path / "metadata.parquet")
-    run("select", tmp_path / "metadata.parquet", tmp_path / "selection")
-    arguments = ["download", tmp_path / "selection", tmp_path / "out", *DOWNLOAD, "--timeout=60", "--max_seconds=60"]
+    run("laion", "select", tmp_path / "metadata.parquet", tmp_path / "selection")
+    arguments = ["laion", "download", tmp_path / "selection", tmp_path / "out", *DOWNLOAD, "--timeout=60", "--max_seconds=60"]
 
     def all_asked():
         return len(site.asked) == 24
@@ -464,4 +473,61 @@ def test_what_is_ended_leaves_no_process_and_no_half_shard_and_what_goes_on_is_n
     site.close()
 
 
-# What follows the download belongs here: the experiment is built from `downloaded.out`, and 200 steps are trained on it.
+# the experiment
+
+# all that are no copies
+DUPLICATES, REPEATS, DISTINCT, BATCH, STEPS = 20, 40, 171, 4, 200
+
+
+@pytest.fixture(scope="module")
+def manifest(downloaded, tmp_path_factory):
+    out = tmp_path_factory.mktemp("experiment") / "out"
+    sizes = [f"--duplicates={DUPLICATES}", f"--repeats={REPEATS}", f"--distinct={DISTINCT}", "--seed=1"]
+    output = run("experiment", downloaded.out, out, *sizes)
+    assert output.endswith(f"{out / MANIFEST}\n")
+    return out / MANIFEST
+
+
+def test_manifest_counts_what_the_server_knows(manifest, downloaded, site):
+    _, header = read_manifest(manifest)
+    shown = [address for address, outcome in site.outcomes.items() if outcome == GOOD]
+    copies = Counter(next((name for name in COPIES if f"/{name}/" in address), None) for address in shown)
+    # every scene once more as it is: scene 0 in the same bytes, scene 1 as a JPEG of another quality
+    counts = {
+        "broken_shards": 0, "candidates": len(shown), "unreadable": 0, "without_caption": 0, "key_taken": 0,
+        "exact_duplicate": copies["same_bytes"], "near_duplicate": copies["recompressed"],
+        "chosen": DUPLICATES + DISTINCT, "duplicates": DUPLICATES, "distinct": DISTINCT,
+        "virtual_samples": DUPLICATES * REPEATS + DISTINCT,
+    }  # fmt: skip
+    assert {name: header["counts"][name] for name in counts} == counts
+    assert header["conditions"]["seed"] == 1 and header["conditions"]["distinct"] == DISTINCT
+
+
+def test_manifest_names_what_was_downloaded(manifest, downloaded, site):
+    rows = read_manifest(manifest)[0].to_pylist()
+    address_of = {row["key"]: row["url"] for row in rows_of(downloaded.out) if row["status"] == "success"}
+    pictures = Counter(site.picture(address_of[row["key"]]).tobytes() for row in rows)
+    assert pictures.most_common(1)[0][1] == 1
+    assert all(row["caption"] == downloaded.metadata.captions[address_of[row["key"]]].strip() for row in rows)
+    assert "samples are as they were" in run("verify", manifest, f"--data={downloaded.out}")
+
+
+def test_filtered_training_sees_the_virtual_samples(manifest, downloaded, tmp_path):
+    base, out = tiny.save_pipeline(tmp_path / "base", "sd1"), tmp_path / "run"
+    settings = {
+        "run_dir": out, "model.path": base, "data.path": downloaded.out, "data.index": manifest, "data.order": "spread",
+        "filter.tau": 0.9, "train.samples": STEPS * BATCH, "train.batch_size": BATCH, "train.learning_rate": 1e-3,
+    }  # fmt: skip
+    launching.run([f"--{name}={value}" for name, value in settings.items()], processes=None)
+    rows = {row["key"]: row for row in read_manifest(manifest)[0].to_pylist()}
+    audit = pq.read_table(out / "audit.parquet").to_pylist()
+    assert [row["position"] for row in audit] == list(range(STEPS * BATCH))
+    seen = Counter(row["key"] for row in audit)
+    assert seen.keys() <= rows.keys() and all(seen[key] <= rows[key]["repeats"] for key in seen)
+    assert all(row["duplicate"] == (rows[row["key"]]["role"] == "duplicate") for row in audit)
+    share = STEPS * BATCH / (DUPLICATES * REPEATS + DISTINCT)  # of an epoch, over which copies are spread evenly
+    assert all(abs(seen[key] - share * REPEATS) <= 1 for key, row in rows.items() if row["role"] == "duplicate")
+    dropped = sum(not row["keep"] for row in audit)
+    summary = json.loads((out / "summary.json").read_text())
+    assert summary["filter/seen"] == STEPS * BATCH and summary["filter/dropped"] == dropped
+    assert 0 < dropped < STEPS * BATCH
