@@ -4,4 +4,4 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 source launch/environment.sh
 bash launch/img2dataset.sh || echo "the tests that download pictures will be skipped" >&2
-python -m pytest "$@"
+python -m pytest --numprocesses 2 --dist loadfile "$@"
