@@ -23,13 +23,13 @@ from PIL import UnidentifiedImageError
 from tqdm import tqdm
 
 from memfilter.data.duplicates import HASH_BYTES, perceptual_hashes
-from memfilter.data.manifest import MAX_BYTES, read_bytes
-from memfilter.data.shards import IMAGE_SUFFIXES, Member, ShardError, Shards, TooLarge, _printable, decode
+from memfilter.data.shards import (
+    IMAGE_SUFFIXES, MAX_BYTES, ShardError, Shards, TooLarge, as_key, decode, printable, read_bytes
+)  # fmt: skip
 from memfilter.files import atomic
 
 BROKEN_SHARD, UNREADABLE, TOO_LARGE, NO_CAPTION = "broken shard", "unreadable", "too large", "without caption"
 FOLDER_CHUNK = 1000  # pictures of a folder that count as one shard
-MAX_FACTS = 1 << 20  # bytes of metadata that are looked at
 SCHEMA = pa.schema(
     [
         ("key", pa.string()),
@@ -111,11 +111,12 @@ def _units(data: Path) -> Iterator[Unit]:
         place = Path(folder)
         visible = sorted(name for name in names if not name.startswith("."))
         tars = [place / name for name in visible if name.endswith(".tar")]
-        pictures = any(Path(name).suffix.lower()[1:] in IMAGE_SUFFIXES and (place / name).is_file() for name in visible)
+        pictures = any(Path(name).suffix.lower()[1:] in IMAGE_SUFFIXES for name in visible)
         inside = place.relative_to(data).as_posix()
-        prefix = "" if inside == "." else _printable(f"{inside}/")
+        prefix = "" if inside == "." else as_key(f"{inside}/")
         if tars and pictures:
-            raise ShardError(f"{place} holds tar files and pictures: which are meant? Move one kind elsewhere")
+            raise ShardError(f"{printable(place)} holds tar files and pictures: which are meant? Move one kind "
+                             "elsewhere")  # fmt: skip
         for tar in tars:
             name = tar.relative_to(data).as_posix()
             yield Unit(name, prefix, _stamp(data, [tar]), None)
@@ -129,7 +130,7 @@ def _units(data: Path) -> Iterator[Unit]:
 
 
 def _refuse(error: OSError) -> None:
-    raise ShardError(f"nothing to read: {error.filename} cannot be listed ({error.strerror})") from error
+    raise ShardError(f"nothing to read: {printable(error.filename)} cannot be listed ({error.strerror})") from error
 
 
 def _stamp(data: Path, files: list[Path]) -> str:
@@ -154,7 +155,7 @@ def _hash_unit(data: Path, kept: Path, unit: Unit) -> None:
         shards = unit.shards or Shards.open(data / unit.name)
         rows = [_hash_sample(data, unit, shards, key) for key in shards.keys()]
     except ShardError as error:
-        rows = [_lost({"shard": _printable(unit.name)}, BROKEN_SHARD, str(error.__cause__ or error))]
+        rows = [_lost({"shard": as_key(unit.name)}, BROKEN_SHARD, str(error.__cause__ or error))]
     with atomic(kept / f"{unit.stamp}.parquet") as partial:
         pq.write_table(pa.Table.from_pylist(rows, SCHEMA), partial, compression="zstd")
 
@@ -163,9 +164,11 @@ def _hash_sample(data: Path, unit: Unit, shards: Shards, key: str) -> dict:
     members = shards.members[key]
     place = members[next(suffix for suffix in IMAGE_SUFFIXES if suffix in members)]  # the one that is shown
     shard = place.shard.relative_to(data).as_posix()
-    row = {"key": f"{unit.folder}{key}", "shard": _printable(shard), "offset": place.offset, "size": place.size}
+    row = {"key": f"{unit.folder}{key}", "shard": as_key(shard), "offset": place.offset, "size": place.size}
     if row["shard"] != shard:
         return _lost(row, UNREADABLE, "its file's name is no UTF-8")
+    if place.problem:
+        return _lost(row, UNREADABLE, place.problem)
     if place.size > MAX_BYTES:
         return _lost(row, TOO_LARGE, f"{place.size:,} bytes are more than {MAX_BYTES:,}")
     try:
@@ -183,21 +186,12 @@ def _hash_sample(data: Path, unit: Unit, shards: Shards, key: str) -> dict:
 
 
 def _url(shards: Shards, key: str) -> str | None:
-    where: Member | None = shards.members[key].get("json")
-    if where is None or where.size > MAX_FACTS:
-        return None
     try:
-        facts = shards.facts(key)
-    except (ShardError, RecursionError):
+        url = shards.facts(key).get("url")
+    except ShardError:
         return None
-    url = facts.get("url") if isinstance(facts, dict) else None
-    return _text(url) if isinstance(url, str) else None
+    return url.encode("utf-8", "backslashreplace").decode() if isinstance(url, str) else None
 
 
 def _lost(row: dict, reason: str, detail: str) -> dict:
-    return row | {"lost": reason, "detail": _text(detail)[:1000]}
-
-
-def _text(text: str) -> str:
-    """What is no UTF-8 is written out."""
-    return text.encode("utf-8", "backslashreplace").decode("utf-8")
+    return row | {"lost": reason, "detail": printable(detail)[:1000]}

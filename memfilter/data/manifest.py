@@ -15,11 +15,10 @@ from PIL import Image
 from tqdm import tqdm
 
 from memfilter.data.experiment import HEADER, ROLES
-from memfilter.data.shards import MAX_CAPTION, MAX_PIXELS, ShardError, decode
+from memfilter.data.shards import MAX_BYTES, MAX_CAPTION, ShardError, decode, printable, read_bytes
 from memfilter.files import atomic
 
 MANIFEST = "manifest.parquet"
-MAX_BYTES = 3 * MAX_PIXELS  # of a picture's file: the most that is ever read, what its pixels take up uncompressed
 SCHEMA = pa.schema(
     [
         ("key", pa.string()),  # unique: the sample's name in audits
@@ -123,8 +122,8 @@ class ManifestShards:
         try:
             content = read_bytes(shard, int(self._offset[row]), int(self._size[row]))
         except OSError as error:
-            raise ShardError(f"shard {shard} cannot be read ({error}): fetch or write it again") from error
-        return decode(content, f"sample {key!r} in {shard}")
+            raise ShardError(f"shard {printable(shard)} cannot be read ({error}): fetch or write it again") from error
+        return decode(content, f"sample {key!r} in {printable(shard)}")
 
     def caption(self, key: str) -> str:
         """The caption of a sample; what follows `MAX_CAPTION` characters is left out."""
@@ -161,7 +160,7 @@ def _differences(table: pa.Table, header: dict, data: Path) -> Iterator[str]:
             last, found = (shard, offset, size), _sha256(Path(data, shard), offset, size)
         if found != sha256:
             what = found if isinstance(found, str) else f"sha256 is {found.hex()}, expected {sha256.hex()}"
-            yield f"sample {key!r} in {shard}: {what}"
+            yield f"sample {key!r} in {printable(shard)}: {what}"
 
 
 def _sha256(path: Path, offset: int, size: int) -> bytes | str:
@@ -171,15 +170,6 @@ def _sha256(path: Path, offset: int, size: int) -> bytes | str:
     except OSError as error:
         return f"cannot be read ({error.strerror})"
     return hashlib.sha256(content).digest() if len(content) == size else "ends before the picture does"
-
-
-def read_bytes(path: Path, offset: int, size: int) -> bytes:
-    """A part of a file; less than ``size`` where it ends before. Nothing waits: a pipe is an OSError."""
-    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
-    try:
-        return os.pread(descriptor, size, offset)
-    finally:
-        os.close(descriptor)
 
 
 def _require_sense(path: str | os.PathLike, table: pa.Table) -> None:
@@ -222,9 +212,9 @@ def _require_shards(manifest: str | os.PathLike, table: pa.Table, data: Path) ->
     for name, end in zip(ends["shard"].to_pylist(), ends["end_max"].to_pylist(), strict=True):
         try:
             if os.stat(data / name).st_size < end:
-                bad.append(f"{name} (too short)")
+                bad.append(f"{printable(name)} (too short)")
         except OSError as error:
-            bad.append(f"{name} ({error.strerror})")
+            bad.append(f"{printable(name)} ({error.strerror})")
     if bad:
         raise ShardError(f"{len(bad)} shards of manifest {manifest} are not as it says in {data}, such as "
                          f"{', '.join(bad[:3])}: name the directory they are in, or fetch them again")  # fmt: skip

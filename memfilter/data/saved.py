@@ -5,9 +5,10 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+import pyarrow as pa
 from PIL import Image
 
-from memfilter.data.shards import MAX_CAPTION, ShardError, decode
+from memfilter.data.shards import MAX_BYTES, MAX_CAPTION, NO_FILE, ShardError, TooLarge, decode, printable
 
 CAPTIONS = ("text", "caption", "TEXT", "prompt")
 
@@ -28,20 +29,25 @@ class SavedDataset:
         from datasets import Image as ImageFeature
 
         try:
+            for file in Path(path).iterdir():
+                if not (file.is_file() or file.is_dir()):  # to open a pipe would wait for somebody to write
+                    raise OSError(f"{file.name!r}: {NO_FILE}")
             rows = load_from_disk(str(path))
         except Exception as error:  # noqa: BLE001  datasets, pyarrow and the file system each have their own
             raise ShardError(f"{path} cannot be read as a dataset: {' '.join(str(error).split())}") from error
         if isinstance(rows, DatasetDict):
-            raise ShardError(f"{path} holds the splits {', '.join(rows)}: name one, such as {path}/{next(iter(rows))}")
+            splits = [printable(split) for split in rows]
+            raise ShardError(f"{path} holds the splits {', '.join(splits)}: name one, such as {path}/{splits[0]}")
         assert isinstance(rows, Dataset)
         pictures = [name for name, kind in rows.features.items() if isinstance(kind, ImageFeature)]
         if len(pictures) != 1:
             raise ShardError(f"{path} needs one column of pictures, found {len(pictures)} "
-                             f"among {', '.join(rows.column_names)}")  # fmt: skip
+                             f"among {printable(', '.join(rows.column_names))}")  # fmt: skip
         self._picture = pictures[0]
         self._caption = next((name for name in CAPTIONS if name in rows.column_names), None)
-        # datasets would decode whatever PIL knows, of any size
-        self._rows = rows.cast_column(self._picture, ImageFeature(decode=False))
+        columns = [self._picture, *([self._caption] if self._caption else [])]
+        # as Arrow has them, of which nothing is copied: datasets would decode whatever PIL knows, of any size
+        self._rows = rows.cast_column(self._picture, ImageFeature(decode=False)).with_format("arrow", columns)
         self._path = path
 
     def keys(self) -> list[str]:
@@ -51,21 +57,40 @@ class SavedDataset:
         """The picture of a row, RGB.
 
         Raises:
-            ShardError: it cannot be decoded, is too large, or is not in the dataset.
+            TooLarge: it has more than `MAX_PIXELS` or `MAX_BYTES`.
+            ShardError: it cannot be read or decoded, or is not in the dataset.
         """
-        name = f"row {int(key)} of {self._path}"
-        found = self._rows[int(key)][self._picture] or {}
-        if not found.get("bytes"):
-            raise ShardError(f"{name}: the dataset has no bytes of the picture, only where it was ({found.get('path')}): "
+        name, found = self._name(key), self._cell(key, self._picture)
+        content = found["bytes"].as_buffer() if found.is_valid else None
+        if not content:
+            path = found["path"].as_py() if found.is_valid else None
+            raise ShardError(f"{name}: the dataset has no bytes of the picture, only where it was ({path!r}): "
                              "save it with embed_external_files")  # fmt: skip
-        return decode(found["bytes"], name)
+        if content.size > MAX_BYTES:
+            raise TooLarge(f"{name}: {content.size:,} bytes are more than {MAX_BYTES:,}")
+        return decode(content.to_pybytes(), name)
 
     def caption(self, key: str) -> str:
-        """The caption of a row, of `MAX_CAPTION` bytes at most; empty where it has none."""
+        """The caption of a row, of `MAX_CAPTION` bytes at most; empty where it has none.
+
+        Raises:
+            ShardError: it cannot be read.
+        """
         if self._caption is None:
             return ""
-        caption = self._rows[int(key)][self._caption] or ""
+        caption = self._cell(key, self._caption).as_py() or ""
         return str(caption).encode("utf-8", "replace")[:MAX_CAPTION].decode("utf-8", "ignore").strip()
+
+    def _cell(self, key: str, column: str) -> pa.Scalar:
+        row = self._rows[int(key)]
+        try:
+            row.validate(full=True)  # places of bytes outside of the file, strings that are no UTF-8
+        except pa.ArrowException as error:
+            raise ShardError(f"{self._name(key)} cannot be read: {printable(error)}") from error
+        return row[column][0]
+
+    def _name(self, key: str) -> str:
+        return f"row {int(key)} of {self._path}"
 
 
 def is_saved_dataset(path: Path) -> bool:

@@ -21,9 +21,9 @@ from memfilter.data.candidates import BROKEN_SHARD, NO_CAPTION, TOO_LARGE, UNREA
 from memfilter.data.duplicates import (
     CAPTION, EXACT, HASH_BYTES, NEAR, Distinct, EmbeddingLikeness, HashLikeness, Likeness, Verdict
 )  # fmt: skip
-from memfilter.data.manifest import MANIFEST, SCHEMA, read_bytes, write_manifest
+from memfilter.data.manifest import MANIFEST, SCHEMA, write_manifest
 from memfilter.data.plan import Plan, lines
-from memfilter.data.shards import MAX_CAPTION, decode
+from memfilter.data.shards import MAX_CAPTION, decode, read_bytes
 from memfilter.files import atomic
 
 LOST = "lost.jsonl"

@@ -7,7 +7,7 @@ import json
 import os
 import tarfile
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,7 +15,15 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 IMAGE_SUFFIXES = ("png", "jpg", "jpeg", "webp")
 MAX_PIXELS = 64_000_000  # of a picture: what claims more is refused before it is decoded
+MAX_BYTES = 3 * MAX_PIXELS  # of a picture's file: the most that is ever read, what its pixels take up uncompressed
+MAX_SCANNED = 500 * MAX_PIXELS  # of a JPEG's scans, each of which goes over all pixels: what takes some 15 seconds
 MAX_CAPTION = 16_384  # bytes: what follows is not read; text encoders take some hundred at most
+MAX_FACTS = 1 << 20  # bytes of metadata: more are refused
+MAX_HEADER = 1 << 16  # bytes of what a tar file says of a member, most of all its name
+NO_FILE = "it is no file but a link, a pipe or a device"
+_WITHOUT_BYTES = (tarfile.LNKTYPE, tarfile.SYMTYPE, tarfile.CHRTYPE, tarfile.BLKTYPE, tarfile.FIFOTYPE, tarfile.DIRTYPE)
+_PAX = (tarfile.XHDTYPE, tarfile.SOLARIS_XHDTYPE)
+_EXTENDED = (tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK, tarfile.XGLTYPE, *_PAX)
 
 
 class ShardError(ValueError):
@@ -23,23 +31,25 @@ class ShardError(ValueError):
 
 
 class TooLarge(ShardError):
-    """A picture has more pixels than are ever decoded."""
+    """A picture has more pixels than are ever decoded, or a file more bytes than are ever read."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Member:
     """Where a file stands: which shard, first byte, number of bytes. A file in a folder is a shard of its own."""
 
     shard: Path
     offset: int
     size: int
+    problem: str = ""  # why it cannot be read: what only has the name of a file is listed too, for it to be counted
 
 
 @dataclass
 class Shards:
     """The samples of some tar files or of a folder, found by key.
 
-    Members are only ever read by offset; nothing is unpacked, so their names cannot lead outside.
+    Members are only ever read by offset; nothing is unpacked, so their names cannot lead outside. Links in tar files
+    are not followed; in folders they are, since there they are the user's own.
     """
 
     members: dict[str, dict[str, Member]]  # key -> suffix -> where
@@ -50,7 +60,8 @@ class Shards:
         ``.txt`` files of the same names.
 
         Raises:
-            ShardError: nothing of that is there, a shard is not a whole tar file, or two samples share a key.
+            ShardError: nothing of that is there, a shard is not a whole tar file or has sparse members, or two samples
+                share a key.
         """
         source = Path(source)
         tars = [source] if source.is_file() else sorted(source.glob("[!.]*.tar"))
@@ -63,7 +74,8 @@ class Shards:
             # in a folder a.png and a.jpg are two pictures; in a shard they are two forms of one sample
             twice = IMAGE_SUFFIXES if not tars and suffix in IMAGE_SUFFIXES else (suffix,)
             if known := [place[s].shard for s in twice if s in place]:
-                raise ShardError(f"sample {key!r} stands twice: in {known[0]} and in {member.shard}")
+                raise ShardError(f"sample {key!r} stands twice: in {printable(known[0])} and in "
+                                 f"{printable(member.shard)}")  # fmt: skip
             place[suffix] = member
         shards = cls(members)
         if tars and source.is_dir() and any(_is_visible(path, IMAGE_SUFFIXES) for path in source.iterdir()):
@@ -81,34 +93,72 @@ class Shards:
         """The picture of a sample, RGB.
 
         Raises:
-            ShardError: it cannot be decoded, or has more than `MAX_PIXELS`.
+            TooLarge: it has more than `MAX_PIXELS` or `MAX_BYTES`.
+            ShardError: it cannot be read or decoded.
         """
         suffix = next(s for s in IMAGE_SUFFIXES if s in self.members[key])
-        return decode(self._bytes(key, suffix), f"sample {key!r} in {self.members[key][suffix].shard}")
+        return decode(self._bytes(key, suffix, MAX_BYTES), self._name(key, suffix))
 
     def caption(self, key: str) -> str:
-        """The caption of a sample, of `MAX_CAPTION` bytes at most; empty where it has none."""
+        """The caption of a sample, of `MAX_CAPTION` bytes at most; empty where it has none.
+
+        Raises:
+            ShardError: it cannot be read.
+        """
         if "txt" not in self.members[key]:
             return ""
-        return self._bytes(key, "txt", MAX_CAPTION).decode("utf-8", "replace").strip()
+        return self._bytes(key, "txt", MAX_CAPTION, cut=True).decode("utf-8", "replace").strip()
 
     def facts(self, key: str) -> dict:
-        """The metadata of a sample; empty where it has none."""
+        """The metadata of a sample; empty where it has none.
+
+        Raises:
+            TooLarge: they have more than `MAX_FACTS`.
+            ShardError: they cannot be read, or are no JSON object.
+        """
         if "json" not in self.members[key]:
             return {}
+        content = self._bytes(key, "json", MAX_FACTS)
         try:
-            return json.loads(self._bytes(key, "json"))
-        except ValueError as error:
-            raise ShardError(f"sample {key!r} in {self.members[key]['json'].shard}: {error}") from error
+            facts = json.loads(content)
+        except (ValueError, RecursionError) as error:
+            raise ShardError(f"{self._name(key, 'json')}: {error}") from error
+        if not isinstance(facts, dict):
+            raise ShardError(f"{self._name(key, 'json')}: the metadata are no JSON object")
+        return facts
 
-    def _bytes(self, key: str, suffix: str, limit: int | None = None) -> bytes:
-        member = self.members[key][suffix]
+    def _name(self, key: str, suffix: str) -> str:
+        return f"sample {key!r} in {printable(self.members[key][suffix].shard)}"
+
+    def _bytes(self, key: str, suffix: str, limit: int, cut: bool = False) -> bytes:
+        member, name = self.members[key][suffix], self._name(key, suffix)
+        if member.size > limit and not cut:
+            raise TooLarge(f"{name}: {member.size:,} bytes are more than {limit:,}")
         try:
-            with member.shard.open("rb") as file:
-                file.seek(member.offset)
-                return file.read(member.size if limit is None else min(member.size, limit))
+            if member.problem:
+                raise OSError(member.problem)
+            return read_bytes(member.shard, member.offset, min(member.size, limit))
         except OSError as error:
-            raise ShardError(f"shard {member.shard} cannot be read ({error}): fetch or write it again") from error
+            raise ShardError(f"{name} cannot be read ({error}): fetch or write it again") from error
+
+
+def printable(text: object) -> str:
+    """For messages and pages: what ends a line, or could steer a terminal, is written out."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(text))
+
+
+def as_key(name: str) -> str:
+    """Keys go into files: bytes that are no UTF-8, which Python keeps as surrogates, are written out."""
+    return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+
+
+def read_bytes(path: Path, offset: int, size: int) -> bytes:
+    """A part of a file; less than ``size`` where it ends before. Nothing waits: a pipe is an OSError."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+    try:
+        return os.pread(descriptor, size, offset)
+    finally:
+        os.close(descriptor)
 
 
 def decode(data: bytes, name: str) -> Image.Image:
@@ -118,7 +168,7 @@ def decode(data: bytes, name: str) -> Image.Image:
         name: of the picture, for errors.
 
     Raises:
-        TooLarge: it has more than `MAX_PIXELS`.
+        TooLarge: it has more than `MAX_PIXELS`, or goes over them so often that it would not end.
         ShardError: it cannot be decoded.
     """
     try:
@@ -126,6 +176,9 @@ def decode(data: bytes, name: str) -> Image.Image:
             picture = Image.open(io.BytesIO(data), formats=("JPEG", "PNG", "WEBP"))
         if picture.width * picture.height > MAX_PIXELS:
             raise Image.DecompressionBombError(f"{picture.width} x {picture.height} pixels are more than {MAX_PIXELS:,}")
+        scans = data.count(b"\xff\xda") if data.startswith(b"\xff\xd8") else 1  # of a JPEG; most have 1 to 10
+        if scans * picture.width * picture.height > MAX_SCANNED:
+            raise Image.DecompressionBombError(f"{scans:,} scans of {picture.width} x {picture.height} pixels")
         ImageOps.exif_transpose(picture, in_place=True)
         return picture if picture.mode == "RGB" else picture.convert("RGB")
     # decoders raise much more than they say on broken files
@@ -135,38 +188,74 @@ def decode(data: bytes, name: str) -> Image.Image:
         raise kind(f"{name}: {reason}") from error
 
 
-def _scan(path: Path) -> Iterable[tuple[str, str, Member]]:
-    """(key, suffix, where) of every file in a shard; by webdataset's convention the key ends at the first dot."""
+def _scan(path: Path) -> Iterator[tuple[str, str, Member]]:
+    """(key, suffix, where) of every file in a shard; by webdataset's convention the key ends at the first dot.
+
+    The headers are gone through here, since Python's tarfile reads them whatever their size, keeps them all, and with
+    some never ends (CVE-2024-6232, CVE-2025-8194).
+    """
     try:
-        with tarfile.open(path, "r:") as tar:
-            for info in tar:
-                if info.isfile():
-                    key, _, suffix = Path(info.name).name.partition(".")
-                    yield _printable(key), suffix.lower(), Member(path, info.offset_data, info.size)
-            # tarfile takes a cut or broken header behind the first member for the end of the archive
-            tar.fileobj.seek(tar.offset)
-            if tar.fileobj.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
-                raise tarfile.ReadError("unexpected end of file")
-    except (OSError, tarfile.TarError) as error:
-        raise ShardError(f"shard {path} cannot be read ({error}): fetch or write it again") from error
+        if not path.is_file():  # to open a pipe would wait for somebody to write
+            raise OSError("it is not there, or no file")
+        with path.open("rb") as file:
+            total, said = os.fstat(file.fileno()).st_size, {}
+            while (block := file.read(tarfile.BLOCKSIZE)) != bytes(tarfile.BLOCKSIZE):
+                header, offset = tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape"), file.tell()
+                extended, size = header.type in _EXTENDED, header.size
+                if header.type in _WITHOUT_BYTES:
+                    size = 0
+                elif not extended:
+                    size = int(said.get("size", size))
+                if not 0 <= size <= total - offset:
+                    raise tarfile.ReadError("unexpected end of file")
+                if extended:
+                    if size > MAX_HEADER:
+                        raise tarfile.ReadError(f"a header of {size:,} bytes")
+                    said |= _said(header.type, file.read(size))
+                else:
+                    if header.type == tarfile.GNUTYPE_SPARSE or any(name.startswith("GNU.sparse.") for name in said):
+                        raise tarfile.ReadError("a sparse member")
+                    if header.type != tarfile.DIRTYPE:
+                        key, _, suffix = Path(said.get("path", header.name)).name.partition(".")
+                        problem = "" if header.isfile() else NO_FILE
+                        yield as_key(key), suffix.lower(), Member(path, offset, size, problem)
+                    said = {}
+                file.seek(-(-(offset + size) // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE)
+    except (OSError, ValueError, tarfile.TarError) as error:
+        raise ShardError(f"shard {printable(path)} cannot be read ({error}): fetch or write it again") from error
 
 
-def _list(folder: Path) -> Iterable[tuple[str, str, Member]]:
+def _said(kind: bytes, content: bytes) -> dict[str, str]:
+    """What a header says of the member that follows, by the names that PAX has for it."""
+    if kind == tarfile.GNUTYPE_LONGNAME:
+        return {"path": content.partition(b"\0")[0].decode("utf-8", "surrogateescape")}
+    if kind not in _PAX:
+        return {}
+    found, at = {}, 0
+    while at < len(content) and content[at]:
+        space = content.index(b" ", at)
+        end = at + int(content[at:space])
+        if not space < end <= len(content):
+            raise tarfile.ReadError("a header that makes no sense")
+        name, _, value = content[space + 1 : end - 1].decode("utf-8", "surrogateescape").partition("=")
+        found[name] = value
+        at = end
+    return found
+
+
+def _list(folder: Path) -> Iterator[tuple[str, str, Member]]:
     """(key, suffix, where) of every picture and text in a folder; the key ends at the last dot."""
     if not folder.is_dir():
-        raise ShardError(f"nothing to read: {folder} does not exist")
+        what = "is no file" if folder.exists() else "does not exist"
+        raise ShardError(f"nothing to read: {printable(folder)} {what}")
     for path in sorted(folder.iterdir()):
         if _is_visible(path, (*IMAGE_SUFFIXES, "txt", "json")):
-            yield _printable(path.stem), path.suffix.lower()[1:], Member(path, 0, path.stat().st_size)
+            member = Member(path, 0, path.stat().st_size) if path.is_file() else Member(path, 0, 0, NO_FILE)
+            yield as_key(path.stem), path.suffix.lower()[1:], member
 
 
 def _is_visible(path: Path, suffixes: tuple[str, ...]) -> bool:
-    return path.suffix.lower()[1:] in suffixes and not path.name.startswith(".") and path.is_file()
-
-
-def _printable(key: str) -> str:
-    """Keys go into files: bytes that are no UTF-8, which Python keeps as surrogates, are written out."""
-    return key.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+    return path.suffix.lower()[1:] in suffixes and not path.name.startswith(".") and not path.is_dir()
 
 
 def write_shards(samples: Iterable[tuple[str, Image.Image, str, Mapping]], out: Path, per_shard: int = 1000) -> None:

@@ -10,7 +10,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from memfilter.data.sampler import SampleDataset
-from memfilter.data.shards import ShardError
+from memfilter.data.shards import ShardError, printable
 from memfilter.files import atomic
 from memfilter.pictures import data_url
 
@@ -27,7 +27,8 @@ def write_gallery(run_dir: Path, dataset: SampleDataset, count: int) -> list[dic
     """
     rows = [row | _sample(dataset, row["key"]) for row in most_dropped(run_dir / "audit.parquet", count)]
     environment = jinja2.Environment(loader=jinja2.PackageLoader("memfilter.train", "."), autoescape=True)
-    shown = [row | {"picture": row["picture"] and data_url(row["picture"])} for row in rows]
+    shown = [row | {"picture": row["picture"] and data_url(row["picture"]), "key": printable(row["key"])}
+             for row in rows]  # fmt: skip
     page = environment.get_template("dropped.html.jinja").render(rows=shown, run=run_dir.name)
     with atomic(run_dir / PAGE) as partial:
         partial.write_text(page, encoding="utf-8")

@@ -222,6 +222,8 @@ def test_hostile_shard_leads_nowhere(tmp_path):
     after = {name: content for name, content in tree(tmp_path).items() if not name.startswith("kept")}
     assert after == before and len(tree(tmp_path / "kept")) == 1
     rows = by_key(table)
+    links = {key: rows.pop(key)["detail"] for key in ("link", "hard", "pipe", "device")}
+    assert set(links.values()) == {"it is no file but a link, a pipe or a device"}
     assert set(rows) == {"planted", "up", "deep", "caf\\xe9", *names[4:]}
     assert not any(row["lost"] for row in rows.values()) and set(table["shard"].to_pylist()) == {"a.tar"}
     assert len(rows["planted"]["caption"]) == MAX_CAPTION and rows["up"]["caption"] == "\ufffd\ufffd"
@@ -243,15 +245,20 @@ def test_names_of_files_that_are_no_utf8_are_counted(tmp_path):
     }  # fmt: skip
 
 
-def test_pipes_and_devices_in_a_folder_are_passed_over(tmp_path):
-    (tmp_path / "data").mkdir()
-    os.mkfifo(tmp_path / "data" / "pipe.png")
-    (tmp_path / "data" / "dangling.png").symlink_to("nowhere")
+def test_pipes_and_dangling_links_in_a_folder_are_named_and_folders_are_passed_over(tmp_path):
+    (tmp_path / "data" / "folder.png").mkdir(parents=True)
     with pytest.raises(ShardError, match="nothing to read"):
         candidates(tmp_path / "data", tmp_path / "kept", 1)
-    for name, content in sample("a", 1):
+    os.mkfifo(tmp_path / "data" / "pipe.png")
+    os.mkfifo(tmp_path / "data" / "said.txt")
+    (tmp_path / "data" / "dangling.png").symlink_to("nowhere")
+    for name, content in [*sample("a", 1), ("said.png", encoded(2))]:
         (tmp_path / "data" / name).write_bytes(content)
-    assert candidates(tmp_path / "data", tmp_path / "kept", 1)["key"].to_pylist() == ["a"]
+    rows = by_key(candidates(tmp_path / "data", tmp_path / "kept", 1))
+    assert {key: row["lost"] for key, row in rows.items()} == {"a": None} | dict.fromkeys(
+        ("pipe", "said", "dangling"), "unreadable"
+    )
+    assert {row["detail"] for row in rows.values()} == {None, "it is no file but a link, a pipe or a device"}
 
 
 def test_finished_shards_are_not_read_again_and_changed_ones_are(tmp_path, monkeypatch):

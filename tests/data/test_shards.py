@@ -183,11 +183,13 @@ def test_names_that_point_outside_lead_nowhere(tmp_path):
             archive.addfile(info)
     before = sorted(tmp_path.rglob("*"))
     shards = Shards.open(inside)
-    assert shards.keys() == ["planted", "up"]
+    assert shards.keys() == ["hard", "link", "planted", "up"]
     np.testing.assert_array_equal(np.asarray(shards.image("up")), np.asarray(picture(1)))
     np.testing.assert_array_equal(np.asarray(shards.image("planted")), np.asarray(picture(2)))
     assert shards.caption("secret") == "harmless"  # of the archive, not of the file
-    assert shards.caption("up") == ""
+    for key, read in (("hard", shards.image), ("link", shards.image), ("up", shards.caption)):
+        with pytest.raises(ShardError, match=f"'{key}' in .*a.tar cannot be read .it is no file but a link"):
+            read(key)
     assert sorted(tmp_path.rglob("*")) == before and secret.read_text() == "secret"
 
 
