@@ -15,6 +15,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 import duckdb
@@ -27,6 +28,7 @@ from memfilter.data.shards import MAX_CAPTION
 
 HEADER = "selection.json"
 ROWS_PER_FILE = 1_000_000  # img2dataset holds a whole file
+ROWS_PER_SORT = 2_000_000
 MAX_URL = 4096  # bytes; servers refuse longer ones
 # what a column is called here -> what it is called in LAION-400M, LAION-5B, Re-LAION, COYO-700M, DataComp; in any case
 ALIASES = {
@@ -103,7 +105,7 @@ def select(
                 condition += " AND lower(trim(caption)) IN (SELECT folded FROM prompts)"
                 query += " JOIN prompts ON lower(trim(metadata.caption)) = prompts.folded"
             counts = _choose(database, condition, samples, seed, max_caption)
-            written = _write(database, f"{query} ORDER BY chosen.draw", partial)
+            written = _write(database, query, partial)
             if prompts:
                 (listed,) = database.execute("SELECT count(*) FROM prompts").fetchone()
                 found = pyarrow.dataset.dataset([partial / file["name"] for file in written]).to_table(["prompt"])
@@ -292,6 +294,7 @@ def _choose(
     (chosen,) = database.execute("SELECT count(*) FROM chosen").fetchone()
     (addresses,) = database.execute("SELECT count(*) FROM addresses WHERE lost = 0").fetchone()
     met = dict(database.execute("SELECT lost, sum(rows)::BIGINT FROM addresses GROUP BY lost").fetchall())
+    database.execute("DROP TABLE addresses")
     counts = {"rows": rows, "conditions not met": rows - sum(met.values())}
     counts |= {name: met.get(lost, 0) for lost, name in enumerate(LEFT_OUT, 1)}
     counts |= {"address comes again": met.get(0, 0) - addresses, "not drawn": addresses - chosen, "selected": chosen}
@@ -300,11 +303,23 @@ def _choose(
     return counts
 
 
+def _in_order(database: duckdb.DuckDBPyConnection, query: str) -> Iterator[pa.RecordBatch]:
+    """The rows of a query by ``chosen.draw``. Sorting all at once would take more memory than is allowed: it is done in
+    parts, for each of which the files are read again."""
+    ((chosen, last),) = database.execute("SELECT count(*), max(draw) FROM chosen").fetchall()
+    parts = -(-chosen // ROWS_PER_SORT)
+    bounds = [(last + 1) * part // parts for part in range(parts + 1)]
+    for low, high in pairwise(bounds):
+        part = f"{query} WHERE chosen.draw >= {low}::UHUGEINT AND chosen.draw < {high}::UHUGEINT ORDER BY chosen.draw"
+        yield from database.sql(part).to_arrow_reader(10_000)
+
+
 def _write(database: duckdb.DuckDBPyConnection, query: str, folder: Path) -> list[dict]:
-    """Writes the rows of a query as ``00000.parquet``, ...; returns name, rows and sha256 of each."""
+    """Writes the rows of a query, in the order of the draw, as ``00000.parquet``, ...; returns name, rows and sha256 of
+    each."""
     rows: dict[Path, int] = {}
     writer, room = None, 0
-    for batch in database.sql(query).to_arrow_reader(10_000):
+    for batch in _in_order(database, query):
         while batch.num_rows:
             if not room:
                 if writer is not None:

@@ -92,6 +92,7 @@ def test_rows_are_the_same_with_any_threads_memory_and_file_names(metadata, tmp_
     select(str(folder), tmp_path / "other", "aesthetic > 4.5", samples=50, seed=1)
     assert {row["url"] for row in read(tmp_path / "other")} != {row["url"] for row in whole[:50]}
     monkeypatch.setattr(laion_select, "ROWS_PER_FILE", 300)
+    monkeypatch.setattr(laion_select, "ROWS_PER_SORT", 170)
     header = select(str(folder), tmp_path / "split", "aesthetic > 4.5")
     assert read(tmp_path / "split") == whole
     assert [file["rows"] for file in header["files"]][:-1] == [300] * (len(whole) // 300)
