@@ -43,7 +43,12 @@ class DataConfig:
 
     Args:
         path: img2dataset-style tar shards (.png/.jpg/.webp, .txt, .json): their directory, or one tar file; or a flat
-            folder of pictures with .txt files of the same names.
+            folder of pictures with .txt files of the same names; with streaming, what is said there.
+        streaming: reads from the front instead of at random: webdataset (path is a directory of tar shards, one of
+            them, a pattern such as shards/{00000..00012}.tar, or either as an http(s) address) or datasets (path is a
+            folder or Parquet files as Hugging Face datasets loads them, a hub id, or what save_to_disk has written).
+            A run that goes on from a checkpoint then begins the stream anew. null reads at random.
+        shuffle_buffer: of streaming; so many samples are held in each process that reads, to be drawn from.
         index: Parquet file with key, role (distinct or duplicate) and repeats, or a manifest of `memfilter prepare
             experiment`; by default index.parquet beside the data where there is one, else every sample counts once.
         order: of an epoch; shuffled, or spread (the copies of a sample come about equally far apart).
@@ -60,6 +65,8 @@ class DataConfig:
     """
 
     path: str = "runs/scenes"
+    streaming: Literal["webdataset", "datasets"] | None = None
+    shuffle_buffer: int = 1000
     index: str | None = None
     order: Literal["shuffled", "spread"] = "shuffled"
     resolution: int | None = None
@@ -211,8 +218,8 @@ class ConfigError(ValueError):
 # section.name: what must hold
 _POSITIVE = ("train.samples", "train.batch_size", "train.accumulation", "train.learning_rate", "train.adam_eps",
              "train.max_grad_norm", "train.snr_gamma", "train.lr_cycles", "train.lr_power", "model.lora_rank",
-             "model.lora_alpha", "data.resolution", "checkpoint.keep", "log.every", "log.validation_prompts",
-             "log.validation_steps")  # fmt: skip
+             "model.lora_alpha", "data.shuffle_buffer", "data.resolution", "checkpoint.keep", "log.every",
+             "log.validation_prompts", "log.validation_steps")  # fmt: skip
 _NOT_NEGATIVE = ("train.warmup_samples", "train.weight_decay", "train.ema_half_life", "train.noise_offset", "train.seed",
                  "data.cache_gb", "data.workers", "checkpoint.every", "log.validation_every",
                  "log.validation_guidance_scale", "log.gallery")  # fmt: skip
@@ -240,6 +247,7 @@ def check(config: Config) -> None:
     require(_SHARES, lambda value: 0 <= value < 1, "at least 0 and below 1")
     require(("train.seed",), lambda value: value < 2**63, "below 2**63")
     errors += _about_time(config.train)
+    errors += _about_streaming(config)
     if config.data.cache and config.data.random_crop:
         errors.append("data.random_crop=true and data.cache exclude each other: a crop that is random cannot be cached")
     if config.model.lora_rank is not None and not config.model.lora_targets:
@@ -270,6 +278,20 @@ def _about_time(train: TrainConfig) -> Iterator[str]:
     number = r"(\d+\.?\d*|\.\d+)(e[+-]?\d+)?"
     if train.lr_rules is not None and not re.fullmatch(rf"({number}:\d+,)*{number}", train.lr_rules):
         yield f'train.lr_rules must look like "1:80000,0.1:120000,0.01", found {train.lr_rules!r}'
+
+
+def _about_streaming(config: Config) -> Iterator[str]:
+    """What needs random access to the samples."""
+    data = config.data
+    needs = {
+        "data.index": (data.index, "roles and repeats are looked up by key"),
+        "data.cache": (data.cache, "it holds what is known before the run"),
+        "data.order=spread": (data.order == "spread", "the samples of an epoch are not known"),
+        "log.validation_every": (config.log.validation_every, "its pictures are looked up by key"),
+    }
+    for name, (asked, reason) in needs.items():
+        if data.streaming and asked:
+            yield f"data.streaming={data.streaming} and {name} exclude each other: {reason}"
 
 
 def settings_of(root: type) -> Iterator[tuple[str, Field]]:

@@ -22,6 +22,7 @@ SHARE = ((-0.01, 1.0, 1.5, math.nan), (0.0, 0.99))
 RANGES = {
     "model.lora_rank": COUNT,
     "model.lora_alpha": FACTOR,
+    "data.shuffle_buffer": COUNT,
     "data.resolution": COUNT,
     "data.caption_dropout": SHARE,
     "data.max_bad_share": SHARE,
@@ -285,8 +286,8 @@ def test_null_is_refused_where_nothing_says_that_it_may_stand(tmp_path):
             except ConfigError as error:
                 assert f"{section.name}.{setting.name}" in str(error)
     assert passed == [
-        "model.variant", "model.revision", "model.lora_rank", "model.lora_alpha", "data.index", "data.resolution",
-        "filter.tau", "train.lr_rules", "train.snr_gamma", "train.compile",
+        "model.variant", "model.revision", "model.lora_rank", "model.lora_alpha", "data.streaming", "data.index",
+        "data.resolution", "data.cache", "filter.tau", "train.lr_rules", "train.snr_gamma", "train.compile",
     ]  # fmt: skip
 
 

@@ -140,21 +140,37 @@ class SampleDataset(Dataset):
         try:
             return sample | {"caption": self.shards.caption(key), "bad": None} | self._picture(sample["view"])
         except ShardError as error:
-            blank = torch.zeros(3, view.resolution, view.resolution)
-            size = (view.resolution, view.resolution)
-            bad = {"caption": "", "pixels": blank, "original_size": size, "crop_top_left": (0, 0), "bad": str(error)}
-            return sample | bad | {"view": ("bad", position), "repeats": False}
+            return sample | unreadable(position, view.resolution, str(error))
 
     def _picture(self, name: tuple) -> dict:
-        if name in self.remembered:
-            return {"pixels": None, "original_size": None, "crop_top_left": None}
         key, place, flip = name
-        picture = self.shards.image(key)
-        if self.view.resolution**2 * max(picture.size) > MAX_PIXELS * min(picture.size):
-            raise ShardError(f"sample {key!r}: {picture.width} x {picture.height} pixels, reduced to a shorter side of "
-                             f"{self.view.resolution}, are more than {MAX_PIXELS:,}")  # fmt: skip
-        pixels, corner = to_pixels(picture, self.view.resolution, place, flip)
-        return {"pixels": pixels, "original_size": (picture.height, picture.width), "crop_top_left": corner}
+        if name in self.remembered:
+            return dict(NOT_NEEDED)
+        return shown(self.shards.image(key), key, self.view.resolution, place, flip)
+
+
+NOT_NEEDED = {"pixels": None, "original_size": None, "crop_top_left": None}  # of a picture whose encoding is remembered
+
+
+def shown(picture: Image.Image, key: str, resolution: int, place: tuple[float, float] | None, flip: bool) -> dict:
+    """pixels, original_size and crop_top_left of a sample; arguments as for `to_pixels`.
+
+    Raises:
+        ShardError: the picture is so long and narrow that, reduced, it has more than `MAX_PIXELS`.
+    """
+    if resolution**2 * max(picture.size) > MAX_PIXELS * min(picture.size):
+        raise ShardError(f"sample {key!r}: {picture.width} x {picture.height} pixels, reduced to a shorter side of "
+                         f"{resolution}, are more than {MAX_PIXELS:,}")  # fmt: skip
+    pixels, corner = to_pixels(picture, resolution, place, flip)
+    return {"pixels": pixels, "original_size": (picture.height, picture.width), "crop_top_left": corner}
+
+
+def unreadable(position: int, resolution: int, reason: str) -> dict:
+    """What stands for a sample that could not be read."""
+    blank, size = torch.zeros(3, resolution, resolution), (resolution, resolution)
+    facts = {"caption": "", "pixels": blank, "original_size": size, "crop_top_left": (0, 0), "bad": reason}
+    return facts | {"view": ("bad", position), "repeats": False}
+
 
 
 def to_pixels(

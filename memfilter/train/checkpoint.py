@@ -21,8 +21,9 @@ log = logging.getLogger(__name__)
 
 _STATE, _WEIGHTS, _AVERAGE = "state.json", "model.safetensors", "ema.safetensors"
 # what may be another when a run goes on: where things are and how work is split, not what is learnt
-_FREE = {"data.path", "data.index", "data.cache_gb", "data.workers", "train.samples", "train.batch_size",
-         "train.accumulation", "train.gradient_checkpointing", "train.compile", "filter.max_empty_steps"}  # fmt: skip
+_FREE = {"data.path", "data.index", "data.shuffle_buffer", "data.cache_gb", "data.workers", "train.samples",
+         "train.batch_size", "train.accumulation", "train.gradient_checkpointing", "train.compile",
+         "filter.max_empty_steps"}  # fmt: skip
 
 
 class CheckpointError(RuntimeError):

@@ -13,6 +13,8 @@ from memfilter.data.experiment import Experiment, index_beside
 from memfilter.data.manifest import ManifestShards, is_manifest
 from memfilter.data.saved import SavedDataset, is_saved_dataset
 from memfilter.data.shards import Shards
+from memfilter.data.streaming import open_stream
+from memfilter.data.streams import Stream
 from memfilter.pipelines import ModelError
 from memfilter.preflight import UnsuitableModel, validate
 
@@ -40,12 +42,17 @@ def require_backend(name: str) -> None:
         raise ConfigError(f"train.compile: there is no backend {name!r}: expected one of {', '.join(known)}")
 
 
-def open_data(config: Config) -> tuple[Shards | ManifestShards | SavedDataset, Experiment]:
+def open_data(config: Config, processes: int = 1) -> tuple[Shards | ManifestShards | SavedDataset | Stream, Experiment]:
     """Pictures and captions, and which of them are shown how often.
+
+    Args:
+        processes: that share a stream.
 
     Raises:
         ConfigError, ShardError: they cannot be read, or do not belong together.
     """
+    if config.data.streaming:
+        return open_stream(config.data, processes)
     index = Path(config.data.index) if config.data.index else index_beside(config.data.path)
     if config.data.index and not index.is_file():
         raise ConfigError(f"data.index: {index} does not exist")

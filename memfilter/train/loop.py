@@ -21,6 +21,7 @@ from memfilter.config import Config, ConfigError, check, make_filter
 from memfilter.data.cache import Cache, fingerprint
 from memfilter.data.encode import Encoder
 from memfilter.data.sampler import SampleDataset, SampleStream, View, collate
+from memfilter.data.streaming import StreamingDataset
 from memfilter.files import atomic, is_full
 from memfilter.pipelines import ModelError, add_lora, load_pipeline
 from memfilter.train.checkpoint import CheckpointError, Checkpoints, require_same
@@ -68,7 +69,7 @@ class Trainer:
         self.main = self.accelerator.is_main_process
         if self.main:
             require_wandb(config.log)
-        shards, experiment = open_data(config)
+        shards, experiment = open_data(config, self.accelerator.num_processes)
         self.data = experiment.fingerprint()
 
         # model
@@ -101,14 +102,14 @@ class Trainer:
         names = [name for name, p in pipeline.unet.named_parameters() if p.requires_grad]
 
         # data
-        self.dataset = SampleDataset(
-            shards,
-            experiment,
-            SampleStream(experiment.virtual(), config.train.seed, config.data.order == "spread"),
-            View(resolution, config.data.random_crop, config.data.random_flip),
-            config.train.samples,
-            encoder.remembered if config.data.workers == 0 else frozenset(cache.pictures if cache else ()),
-        )
+        view = View(resolution, config.data.random_crop, config.data.random_flip)
+        remembered = encoder.remembered if config.data.workers == 0 else frozenset(cache.pictures if cache else ())
+        if config.data.streaming:
+            rank = self.accelerator.process_index, self.accelerator.num_processes
+            self.dataset = StreamingDataset(shards, view, config.train, *rank, remembered=remembered)
+        else:
+            stream = SampleStream(experiment.virtual(), config.train.seed, config.data.order == "spread")
+            self.dataset = SampleDataset(shards, experiment, stream, view, config.train.samples, remembered)
 
         # optimizer
         processes, micro_batches = self.accelerator.num_processes, config.train.accumulation
@@ -246,16 +247,13 @@ class Trainer:
         """This process's batches in the order of the stream: neighbours go to neighbours, so that a step sees the same
         samples however it is split."""
         size, rank = self.config.train.batch_size, self.accelerator.process_index
-        return DataLoader(
-            self.dataset,
-            batch_sampler=[
-                range(start + rank * size, start + (rank + 1) * size)
-                for start in range(self.seen, self.config.train.samples, self.forward_samples)
-            ],
-            collate_fn=collate,
-            num_workers=self.config.data.workers,
-            worker_init_fn=leave_to_parent,
-        )
+        if self.config.data.streaming:
+            self.dataset.first, split = self.seen, {"batch_size": size}
+        else:
+            starts = range(self.seen, self.config.train.samples, self.forward_samples)
+            split = {"batch_sampler": [range(start + rank * size, start + (rank + 1) * size) for start in starts]}
+        workers = {"num_workers": self.config.data.workers, "worker_init_fn": leave_to_parent}
+        return DataLoader(self.dataset, collate_fn=collate, **split, **workers)
 
     @contextmanager
     def averaged(self):
@@ -351,6 +349,9 @@ class Trainer:
         self.seen, self.window, self.skipped_steps = state["samples"], state["window"], state["skipped_steps"]
         self.seconds, self.wandb_id = state["seconds"], state["wandb_id"]
         log.info("goes on from %s", path)
+        if self.config.data.streaming:
+            log.warning("data.streaming: the stream begins anew, in another order: the samples to come are not those that "
+                        "would have come without the interruption")  # fmt: skip
 
     def _finish(self) -> dict:
         """Exports, and draws the gallery; returns the summary."""
