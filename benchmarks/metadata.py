@@ -122,7 +122,7 @@ def run(task: str, folder: Path, out: Path) -> None:
     if task == "pyarrow":
         print(read_with_pyarrow(folder))
         return
-    from memfilter.data.laion_select import select
+    from memfilter.data.laion.select import select
 
     print(select(str(folder), out, WHERE, samples=DRAWN if task == "select" else None)["counts"])
 

@@ -38,7 +38,7 @@ def experiment(data: str, out: str, hashes: str | None = None, processes: int | 
     """
     plan = Plan(**conditions)
     from memfilter.data.manifest import MANIFEST
-    from memfilter.data.select import prepare_experiment
+    from memfilter.data.builder import prepare_experiment
 
     prepare_experiment(Path(data), Path(out), plan, processes, Path(hashes) if hashes else None)
     print(Path(out, MANIFEST))
@@ -117,7 +117,7 @@ def report_error(error: Exception) -> int:
 def main(argv: list[str] | None = None) -> int:
     from jsonargparse import auto_cli
 
-    from memfilter.data import laion
+    from memfilter.data.laion import commands as laion
 
     quiet_libraries()
     commands = {

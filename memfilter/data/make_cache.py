@@ -25,6 +25,7 @@ from memfilter.data.cache import COMPLETE, INDEX, PARTS, SCHEMA, SUFFIX, differe
 from memfilter.data.encode import Encoder
 from memfilter.data.sampler import SampleDataset, View, collate
 from memfilter.data.shards import ShardError
+from memfilter.data.sources import open_data
 from memfilter.files import atomic
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16}
@@ -56,7 +57,7 @@ def make_cache(
         OSError: the disk is full.
     """
     from memfilter.pipelines import load_pipeline
-    from memfilter.train.checks import open_data, resolution_of
+    from memfilter.train.checks import resolution_of
     from memfilter.train.engine import make_accelerator
 
     check(config)

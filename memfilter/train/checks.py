@@ -1,4 +1,4 @@
-"""What must hold before a run begins: its place, its data, and a model whose norm means something."""
+"""What must hold before a run begins: its place, and a model whose norm means something."""
 
 from __future__ import annotations
 
@@ -9,12 +9,6 @@ from pathlib import Path
 import torch
 
 from memfilter.config import Config, ConfigError
-from memfilter.data.experiment import Experiment, index_beside
-from memfilter.data.manifest import ManifestShards, is_manifest
-from memfilter.data.saved import SavedDataset, is_saved_dataset
-from memfilter.data.shards import Shards
-from memfilter.data.streaming import open_stream
-from memfilter.data.streams import Stream
 from memfilter.pipelines import ModelError
 from memfilter.preflight import UnsuitableModel, validate
 
@@ -40,37 +34,6 @@ def require_backend(name: str) -> None:
     known = torch.compiler.list_backends(exclude_tags=None)
     if name not in known:
         raise ConfigError(f"train.compile: there is no backend {name!r}: expected one of {', '.join(known)}")
-
-
-def open_data(config: Config, processes: int = 1) -> tuple[Shards | ManifestShards | SavedDataset | Stream, Experiment]:
-    """Pictures and captions, and which of them are shown how often.
-
-    Args:
-        processes: that share a stream.
-
-    Raises:
-        ConfigError, ShardError: they cannot be read, or do not belong together.
-    """
-    if config.data.streaming:
-        return open_stream(config.data, processes)
-    index = Path(config.data.index) if config.data.index else index_beside(config.data.path)
-    if config.data.index and not index.is_file():
-        raise ConfigError(f"data.index: {index} does not exist")
-    manifest = index.is_file() and is_manifest(index)
-    if manifest:
-        shards = ManifestShards(index, config.data.path)
-    elif is_saved_dataset(Path(config.data.path)):
-        shards = SavedDataset(config.data.path)
-    else:
-        shards = Shards.open(config.data.path)
-    try:
-        experiment = Experiment.read(index) if index.is_file() else Experiment.of_shards(shards)
-        experiment.require(shards)
-    except ValueError as error:
-        raise ConfigError(f"data.index: {error}") from error
-    if not len(experiment.keys):
-        raise ConfigError(f"data.path: {config.data.path} has no sample to train on")
-    return shards, experiment
 
 
 def resolution_of(config: Config, pipeline) -> int:

@@ -20,16 +20,17 @@ from tqdm import tqdm
 from memfilter.config import Config, ConfigError, check, make_filter
 from memfilter.data.cache import Cache, fingerprint
 from memfilter.data.encode import Encoder
-from memfilter.data.sampler import SampleDataset, SampleStream, View, collate
-from memfilter.data.streaming import StreamingDataset
+from memfilter.data.sampler import collate
+from memfilter.data.sources import make_dataset, open_data
 from memfilter.files import atomic, is_full
-from memfilter.pipelines import ModelError, add_lora, load_pipeline
+from memfilter.pipelines import ModelError
 from memfilter.train.checkpoint import CheckpointError, Checkpoints, require_same
-from memfilter.train.checks import open_data, require_backend, require_place, require_suitable, resolution_of
+from memfilter.train.checks import require_place, require_suitable, resolution_of
 from memfilter.train.engine import Engine, make_accelerator
 from memfilter.train.export import export_lora, export_pipeline
 from memfilter.train.gallery import write_gallery
 from memfilter.train.interruption import EXIT_CODE, Interrupted, Interruption, leave_to_parent
+from memfilter.train.model import load_model
 from memfilter.train.objective import Objective
 from memfilter.train.optimizer import lr_schedule, make_ema, make_optimizer
 from memfilter.train.tracking import Audit, BadSamples, Tracker, require_wandb
@@ -73,18 +74,7 @@ class Trainer:
         self.data = experiment.fingerprint()
 
         # model
-        self.pipeline = pipeline = load_pipeline(
-            config.model.path, variant=config.model.variant, revision=config.model.revision
-        )
-        if config.model.lora_rank is not None:
-            alpha = config.model.lora_rank if config.model.lora_alpha is None else config.model.lora_alpha
-            dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(config.train.mixed_precision, torch.float32)
-            add_lora(pipeline.unet, config.model.lora_rank, alpha, config.model.lora_targets, dtype, config.train.seed)
-        if config.train.gradient_checkpointing:
-            pipeline.unet.enable_gradient_checkpointing()
-        if config.train.compile:
-            require_backend(config.train.compile)
-            pipeline.unet.compile(backend=config.train.compile)
+        self.pipeline = pipeline = load_model(config)
         resolution = resolution_of(config, pipeline)
         cache = None
         if config.data.cache:
@@ -102,14 +92,9 @@ class Trainer:
         names = [name for name, p in pipeline.unet.named_parameters() if p.requires_grad]
 
         # data
-        view = View(resolution, config.data.random_crop, config.data.random_flip)
         remembered = encoder.remembered if config.data.workers == 0 else frozenset(cache.pictures if cache else ())
-        if config.data.streaming:
-            rank = self.accelerator.process_index, self.accelerator.num_processes
-            self.dataset = StreamingDataset(shards, view, config.train, *rank, remembered=remembered)
-        else:
-            stream = SampleStream(experiment.virtual(), config.train.seed, config.data.order == "spread")
-            self.dataset = SampleDataset(shards, experiment, stream, view, config.train.samples, remembered)
+        rank = self.accelerator.process_index, self.accelerator.num_processes
+        self.dataset = make_dataset(config, shards, experiment, resolution, remembered, *rank)
 
         # optimizer
         processes, micro_batches = self.accelerator.num_processes, config.train.accumulation

@@ -144,7 +144,7 @@ def make_latents(work: Path, vae, pictures: np.ndarray) -> dict[str, torch.Tenso
 
 def make_tokenizer(work: Path, captions: list[str]):
     """A CLIP tokenizer with a byte-pair vocabulary learnt from the captions; digits stay apart."""
-    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
+    from tokenizers import Tokenizer, models, trainers
     from transformers import CLIPTokenizer
 
     # CLIP's own splitting, so that the vocabulary learnt here is the one its tokenizer will apply

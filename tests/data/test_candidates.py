@@ -308,19 +308,19 @@ def test_search_that_was_killed_goes_on_where_it_was(tmp_path):
 
 
 def test_killed_process_is_an_error_in_words(tmp_path, monkeypatch):
-    data = write_clouds(tmp_path / "data", range(40))
+    data, kept = write_clouds(tmp_path / "data", range(400), per_shard=5), tmp_path / "kept"
     script = f"""
 import os, signal, threading, time
 from pathlib import Path
 from multiprocessing import active_children
 from memfilter.data.candidates import candidates
 def kill():
-    while not active_children():
+    while not list(Path({str(kept)!r}).glob("*.parquet")):  # until they are at work
         time.sleep(0.01)
     os.kill(active_children()[0].pid, signal.SIGKILL)
 if __name__ == "__main__":
     threading.Thread(target=kill, daemon=True).start()
-    candidates(Path({str(data)!r}), Path({str(tmp_path / "kept")!r}), 2)
+    candidates(Path({str(data)!r}), Path({str(kept)!r}), 2)
 """
     (tmp_path / "run.py").write_text(script)
     done = subprocess.run([sys.executable, tmp_path / "run.py"], capture_output=True, text=True, timeout=120)

@@ -373,7 +373,7 @@ def test_prepare_experiment_and_verify(world, out, capsys):
     arguments = ["prepare", "experiment", "../data", str(out), "--duplicates=3", "--repeats=2", "--distinct=500",
                  "--allow_fewer=true", "--processes=1"]  # fmt: skip
     _, lines, errors = measured(
-        "from memfilter.cli import main\nfrom memfilter.data import laion, select", f"found = main({arguments!r})"
+        "from memfilter.cli import main\nfrom memfilter.data import builder", f"found = main({arguments!r})"
     )
     counts = {name: int(number) for name, number in (line.rsplit(maxsplit=1) for line in lines[:-1])}
     lost = [json.loads(line) for line in (out / "lost.jsonl").read_text().splitlines()]

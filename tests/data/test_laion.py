@@ -1,4 +1,5 @@
 import hashlib
+import http.client
 import http.server
 import json
 import math
@@ -13,8 +14,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from memfilter.data import img2dataset_guard, laion_download, laion_select
-from memfilter.data.laion_select import read_captions, select
+from memfilter.data.laion import download as downloading
+from memfilter.data.laion import guard
+from memfilter.data.laion import select as selecting
+from memfilter.data.laion.select import read_captions, select
 
 ADDRESS = "https://cdn.example/{}.jpg"
 
@@ -91,8 +94,8 @@ def test_rows_are_the_same_with_any_threads_memory_and_file_names(metadata, tmp_
     assert read(tmp_path / "fewer") == whole[:50]
     select(str(folder), tmp_path / "other", "aesthetic > 4.5", samples=50, seed=1)
     assert {row["url"] for row in read(tmp_path / "other")} != {row["url"] for row in whole[:50]}
-    monkeypatch.setattr(laion_select, "ROWS_PER_FILE", 300)
-    monkeypatch.setattr(laion_select, "ROWS_PER_SORT", 170)
+    monkeypatch.setattr(selecting, "ROWS_PER_FILE", 300)
+    monkeypatch.setattr(selecting, "ROWS_PER_SORT", 170)
     header = select(str(folder), tmp_path / "split", "aesthetic > 4.5")
     assert read(tmp_path / "split") == whole
     assert [file["rows"] for file in header["files"]][:-1] == [300] * (len(whole) // 300)
@@ -296,7 +299,7 @@ def test_nothing_is_written_over(metadata, tmp_path):
 @pytest.fixture
 def fetch(tmp_path):
     """Factory: fetch(address, **limits) opens it as img2dataset does, in an interpreter with the guard: what came of it."""
-    (tmp_path / "sitecustomize.py").write_text(Path(img2dataset_guard.__file__).read_text())
+    (tmp_path / "sitecustomize.py").write_text(Path(guard.__file__).read_text())
     code = (
         "import sys, urllib.request\n"
         "try: print(len(urllib.request.urlopen(sys.argv[1], timeout=5).read()))\n"
@@ -343,6 +346,11 @@ def test_guard_lets_what_is_within_the_limits_pass(fetch, server):
     assert "longer than 0 s" in fetch(f"{server}/10/said", MAX_SECONDS="0")
 
 
+def test_guard_is_for_the_processes_of_img2dataset_alone():
+    assert http.client.HTTPConnection.response_class is http.client.HTTPResponse
+    assert http.client.HTTPConnection.connect is not guard.connect_to_public
+
+
 def test_guard_speaks_to_public_addresses_by_http_alone(fetch, server, tmp_path):
     assert "address is not public" in fetch(f"{server}/10/said", PRIVATE_ADDRESSES="0")
     (tmp_path / "secret").write_text("secret")
@@ -361,7 +369,7 @@ def selection(tmp_path):
 
 
 def download(selection, out, **options):
-    return laion_download.download(selection, out, samples_per_shard=2, **options)
+    return downloading.download(selection, out, samples_per_shard=2, **options)
 
 
 def test_img2dataset_that_fails_is_reported_in_one_line(selection, tmp_path):
@@ -393,7 +401,7 @@ def test_shard_that_is_not_whole_is_made_anew(tmp_path):
         (tmp_path / name).touch()
     (tmp_path / "00000_stats.json").write_text('{"count": 2}')
     (tmp_path / "00001_stats.json").write_text('{"count": ')
-    laion_download.drop_unfinished(tmp_path)
+    downloading.drop_unfinished(tmp_path)
     assert {path.name for path in tmp_path.iterdir()} == {"00000.tar", "00000.parquet", "00000_stats.json"}
 
 
@@ -403,7 +411,7 @@ def test_losses_are_counted_by_what_they_have_in_common(tmp_path):
     table = {"status": ["success"] * 3 + ["failed_to_download"] * 7, "error_message": [None] * 3 + messages}
     write(tmp_path / "00000.parquet", **table)
     (tmp_path / "00000_stats.json").write_text('{"count": 12, "successes": 5}')
-    assert laion_download.count(tmp_path) == {
+    assert downloading.count(tmp_path) == {
         "rows": 12, "downloaded": 3,
         "lost": {"HTTP 404": 2, "too slow": 2, "not written by img2dataset": 2, "Name or service not known": 1,
                  " [31m" + "a" * 75: 1, "no reason given": 1},
@@ -411,5 +419,5 @@ def test_losses_are_counted_by_what_they_have_in_common(tmp_path):
     many = {"status": ["failed_to_download"] * 50, "error_message": [f"reason {n}" for n in range(50)]}
     write(tmp_path / "00001.parquet", **many)
     (tmp_path / "00001_stats.json").write_text('{"count": 50}')
-    report = laion_download.count(tmp_path)
-    assert sum(report["lost"].values()) == 59 and len(report["lost"]) == laion_download.KINDS + 1
+    report = downloading.count(tmp_path)
+    assert sum(report["lost"].values()) == 59 and len(report["lost"]) == downloading.KINDS + 1

@@ -31,7 +31,7 @@ import tiny
 from PIL import Image
 
 from memfilter.data import scenes
-from memfilter.data.laion_download import find_command
+from memfilter.data.laion.download import find_command
 from memfilter.data.manifest import MANIFEST, read_manifest
 from memfilter.data.shards import Shards
 

@@ -1,4 +1,4 @@
-"""What every process of img2dataset runs first: limits to what a server may do to it. `laion_download` puts this file, as
+"""What every process of img2dataset runs first: limits to what a server may do to it. `laion.download` puts this file, as
 ``sitecustomize.py``, on the path of its interpreters, whose environment has no memfilter: standard library only.
 
 img2dataset's timeout is that of a single read: a server that sends a byte now and then holds a thread for ever, and one
@@ -65,15 +65,19 @@ def connect_to_public(connection):
         raise OSError("address is not public")
 
 
-http.client.HTTPConnection.response_class = LimitedResponse
-if PUBLIC_ONLY:
-    http.client.HTTPConnection.connect = connect_to_public
-opener = urllib.request.OpenerDirector()
-for handler in ("Proxy", "Unknown", "HTTP", "HTTPS", "HTTPDefaultError", "HTTPRedirect"):  # no file, ftp, data
-    opener.add_handler(getattr(urllib.request, handler + "Handler")())
-opener.add_handler(urllib.request.HTTPErrorProcessor())
-urllib.request.install_opener(opener)
+def install():
+    http.client.HTTPConnection.response_class = LimitedResponse
+    if PUBLIC_ONLY:
+        http.client.HTTPConnection.connect = connect_to_public
+    opener = urllib.request.OpenerDirector()
+    for handler in ("Proxy", "Unknown", "HTTP", "HTTPS", "HTTPDefaultError", "HTTPRedirect"):  # no file, ftp, data
+        opener.add_handler(getattr(urllib.request, handler + "Handler")())
+    opener.add_handler(urllib.request.HTTPErrorProcessor())
+    urllib.request.install_opener(opener)
 
-if "MEMFILTER_LOCK" in os.environ:  # held until this process ends, so that no other download writes to the same place
-    lock = open(os.environ["MEMFILTER_LOCK"])
-    fcntl.flock(lock, fcntl.LOCK_SH)
+
+if __name__ == "sitecustomize":  # imported under its own name it changes nothing
+    install()
+    if "MEMFILTER_LOCK" in os.environ:  # held until this process ends: no other download writes to the same place
+        lock = open(os.environ["MEMFILTER_LOCK"])
+        fcntl.flock(lock, fcntl.LOCK_SH)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from memfilter.data.saved import CAPTIONS, is_saved_dataset
 from memfilter.data.shards import ShardError, as_key
-from memfilter.data.streams import Found, Stream, caption_in, require_parts
+from memfilter.data.streaming.tars import Found, Stream, caption_in, require_parts
 
 PARTS = 16  # into which a saved dataset is split for each reader, so that their order can be shuffled
 

@@ -34,7 +34,7 @@ def select(
         memory: GB to get along with; the rest goes to disk.
         threads: all cores by default.
     """
-    from memfilter.data.laion_select import select
+    from memfilter.data.laion.select import select
 
     header = select(
         metadata, Path(out), where, samples, seed, captions and Path(captions), url_column, caption_column, max_caption,
@@ -87,7 +87,7 @@ def download(
         distributor: ray and pyspark go beyond one machine and must be in img2dataset's environment.
         options: more of img2dataset's options, under its names.
     """
-    from memfilter.data.laion_download import download
+    from memfilter.data.laion.download import download
 
     report = download(
         Path(selection), Path(out), img2dataset, image_size, resize_mode, encode_format, encode_quality,

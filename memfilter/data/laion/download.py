@@ -21,8 +21,8 @@ from types import MappingProxyType
 import pyarrow.parquet as pq
 from tqdm import tqdm
 
-from memfilter.data import img2dataset_guard
-from memfilter.data.laion_select import HEADER
+from memfilter.data.laion import guard
+from memfilter.data.laion.select import HEADER
 from memfilter.data.shards import MAX_PIXELS
 from memfilter.files import atomic
 
@@ -67,7 +67,7 @@ def download(
     distributor: str = "multiprocessing",
     options: dict | None = None,
 ) -> dict:
-    """Downloads what `laion_select.select` chose, as webdataset shards in ``out``. Run again after an interruption, it
+    """Downloads what `laion.select.select` chose, as webdataset shards in ``out``. Run again after an interruption, it
     goes on: whole shards stay, unfinished ones are made anew.
 
     Args:
@@ -77,7 +77,7 @@ def download(
         samples_per_shard: rows, whether they can be had or not.
         processes, threads: default one process for each core; threads are those of a process.
         timeout: seconds for a connection and for a single read.
-        max_seconds, max_megabytes: of a whole answer, see `img2dataset_guard`.
+        max_seconds, max_megabytes: of a whole answer, see `guard`.
         private_addresses: speak to servers on this machine and in its network too.
         distributor: multiprocessing, ray or pyspark, of which the last two must be in img2dataset's environment.
         options: more of img2dataset's, as it calls them.
@@ -228,12 +228,12 @@ def _require_same(path: Path, settings: dict) -> None:
 
 def _run(command: Sequence[str], out: Path, environment: Mapping[str, str], rows: int) -> None:
     """Runs img2dataset to its end; none of its processes outlives this call, unless this process is killed itself."""
-    guard = out / STATE / "guard"
-    guard.mkdir(exist_ok=True)
-    shutil.copy(img2dataset_guard.__file__, guard / "sitecustomize.py")
+    customized = out / STATE / "guard"
+    customized.mkdir(exist_ok=True)
+    shutil.copy(guard.__file__, customized / "sitecustomize.py")
     environment = os.environ | environment | {
         "MEMFILTER_LOCK": str((out / STATE / LOCK).absolute()),
-        "PYTHONPATH": os.pathsep.join(filter(None, [str(guard.absolute()), os.environ.get("PYTHONPATH")])),
+        "PYTHONPATH": os.pathsep.join(filter(None, [str(customized.absolute()), os.environ.get("PYTHONPATH")])),
         "OPENCV_IO_MAX_IMAGE_PIXELS": str(MAX_PIXELS),
         "NO_ALBUMENTATIONS_UPDATE": "1",  # it would ask the package index for a newer version
     }  # fmt: skip

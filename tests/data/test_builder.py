@@ -14,7 +14,7 @@ from memfilter.data.candidates import candidates
 from memfilter.data.experiment import Experiment
 from memfilter.data.manifest import MANIFEST, ManifestShards, read_manifest, require_unchanged
 from memfilter.data.plan import Plan
-from memfilter.data.select import LOST, choose, prepare_experiment, report
+from memfilter.data.builder import LOST, choose, prepare_experiment, report
 
 SMALL = Plan(duplicates=5, repeats=4, distinct=30)
 
