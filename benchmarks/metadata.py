@@ -123,8 +123,10 @@ def run(task: str, folder: Path, out: Path) -> None:
         print(read_with_pyarrow(folder))
         return
     from memfilter.data.laion.select import select
+    from memfilter.data.laion.settings import Selection
 
-    print(select(str(folder), out, WHERE, samples=DRAWN if task == "select" else None)["counts"])
+    selection = Selection(WHERE, samples=DRAWN if task == "select" else None)
+    print(select(str(folder), out, selection)["counts"])
 
 
 def main() -> int:

@@ -17,9 +17,14 @@ import pytest
 from memfilter.data.laion import download as downloading
 from memfilter.data.laion import guard
 from memfilter.data.laion import select as selecting
-from memfilter.data.laion.select import read_captions, select
+from memfilter.data.laion.select import read_captions
+from memfilter.data.laion.settings import Download, Selection
 
 ADDRESS = "https://cdn.example/{}.jpg"
+
+
+def select(metadata, out, where: str = "", **options) -> dict:
+    return selecting.select(metadata, out, Selection(where, **options))
 
 
 @pytest.fixture
@@ -369,7 +374,7 @@ def selection(tmp_path):
 
 
 def download(selection, out, **options):
-    return downloading.download(selection, out, samples_per_shard=2, **options)
+    return downloading.download(selection, out, Download(samples_per_shard=2, **options))
 
 
 def test_img2dataset_that_fails_is_reported_in_one_line(selection, tmp_path):

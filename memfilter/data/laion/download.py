@@ -23,6 +23,7 @@ from tqdm import tqdm
 
 from memfilter.data.laion import guard
 from memfilter.data.laion.select import HEADER
+from memfilter.data.laion.settings import Download
 from memfilter.data.shards import MAX_PIXELS
 from memfilter.files import atomic
 
@@ -48,39 +49,9 @@ KINDS = 20  # of losses that are named
 POLL = 1.0  # seconds
 
 
-def download(
-    selection: Path,
-    out: Path,
-    img2dataset: str | None = None,
-    image_size: int = 512,
-    resize_mode: str = "keep_ratio",
-    encode_format: str = "jpg",
-    encode_quality: int | None = None,
-    samples_per_shard: int = 10_000,
-    processes: int | None = None,
-    threads: int = 64,
-    timeout: int = 10,
-    retries: int = 1,
-    max_seconds: float = 60,
-    max_megabytes: float = 64,
-    private_addresses: bool = False,
-    distributor: str = "multiprocessing",
-    options: dict | None = None,
-) -> dict:
+def download(selection: Path, out: Path, how: Download = Download()) -> dict:
     """Downloads what `laion.select.select` chose, as webdataset shards in ``out``. Run again after an interruption, it
     goes on: whole shards stay, unfinished ones are made anew.
-
-    Args:
-        img2dataset: command; default is the variable MEMFILTER_IMG2DATASET, what launch/img2dataset.sh made, or PATH.
-        image_size: pixels of the shorter side (``resize_mode`` as img2dataset has it); smaller pictures stay.
-        encode_quality: 95, for png its compression of 6.
-        samples_per_shard: rows, whether they can be had or not.
-        processes, threads: default one process for each core; threads are those of a process.
-        timeout: seconds for a connection and for a single read.
-        max_seconds, max_megabytes: of a whole answer, see `guard`.
-        private_addresses: speak to servers on this machine and in its network too.
-        distributor: multiprocessing, ray or pyspark, of which the last two must be in img2dataset's environment.
-        options: more of img2dataset's, as it calls them.
 
     Returns:
         ``rows``, ``downloaded``, and ``lost``: reason -> rows, the most frequent first.
@@ -96,14 +67,14 @@ def download(
     header = json.loads((selection / HEADER).read_text())
     if out.is_dir() and any(out.iterdir()) and not (out / STATE).is_dir():
         raise FileExistsError(f"{out} holds something else: choose another directory")
-    quality = encode_quality if encode_quality is not None else 6 if encode_format == "png" else 95
+    quality = how.encode_quality if how.encode_quality is not None else 6 if how.encode_format == "png" else 95
     pictures = {
-        "image_size": image_size, "resize_mode": resize_mode, "resize_only_if_bigger": True,
-        "encode_format": encode_format, "encode_quality": quality, "number_sample_per_shard": samples_per_shard,
+        "image_size": how.image_size, "resize_mode": how.resize_mode, "resize_only_if_bigger": True,
+        "encode_format": how.encode_format, "encode_quality": quality, "number_sample_per_shard": how.samples_per_shard,
     }  # fmt: skip
     work = {
-        "timeout": timeout, "retries": retries, "thread_count": threads, "distributor": distributor,
-        "processes_count": processes or os.cpu_count(),
+        "timeout": how.timeout, "retries": how.retries, "thread_count": how.threads, "distributor": how.distributor,
+        "processes_count": how.processes or os.cpu_count(),
     }  # fmt: skip
     columns = pq.read_schema(selection / header["files"][0]["name"]).names
     form = {
@@ -111,21 +82,22 @@ def download(
         "output_folder": out.absolute(), "output_format": "webdataset", "incremental_mode": "incremental",
         "save_additional_columns": json.dumps([name for name in columns if name not in RESERVED]),
     }  # fmt: skip
-    if twice := sorted((options or {}).keys() & (pictures | work | form).keys()):
+    options = how.options or {}
+    if twice := sorted(options.keys() & (pictures | work | form).keys()):
         raise ValueError(f"options: {', '.join(twice)} cannot be set there")
     environment = {
-        "MEMFILTER_MAX_SECONDS": str(max_seconds),
-        "MEMFILTER_MAX_MEGABYTES": str(max_megabytes),
-        "MEMFILTER_PRIVATE_ADDRESSES": str(int(private_addresses)),
+        "MEMFILTER_MAX_SECONDS": str(how.max_seconds),
+        "MEMFILTER_MAX_MEGABYTES": str(how.max_megabytes),
+        "MEMFILTER_PRIVATE_ADDRESSES": str(int(how.private_addresses)),
     }
-    command = find_command(img2dataset)
-    command += [f"--{name}={value}" for name, value in (pictures | work | form | (options or {})).items()]
+    command = find_command(how.img2dataset)
+    command += [f"--{name}={value}" for name, value in (pictures | work | form | options).items()]
     rows = [file["rows"] for file in header["files"]]
-    shards = sum(math.ceil(count / samples_per_shard) for count in rows)
+    shards = sum(math.ceil(count / how.samples_per_shard) for count in rows)
 
     (out / STATE).mkdir(parents=True, exist_ok=True)
     with _alone(out):
-        _require_same(out / STATE / SETTINGS, pictures | (options or {}) | {"selection": header["files"]})
+        _require_same(out / STATE / SETTINGS, pictures | options | {"selection": header["files"]})
         if len(done_shards(out)) < shards:
             _run(command, out, environment, sum(rows))
     if left := shards - len(done_shards(out)):

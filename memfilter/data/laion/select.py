@@ -24,7 +24,7 @@ import pyarrow.dataset
 import pyarrow.parquet as pq
 
 import memfilter
-from memfilter.data.shards import MAX_CAPTION
+from memfilter.data.laion.settings import Selection
 
 HEADER = "selection.json"
 ROWS_PER_FILE = 1_000_000  # img2dataset holds a whole file
@@ -48,19 +48,7 @@ LEFT_OUT = ("no http(s) address", "no caption", "caption too long")
 ROW = '"#row"'  # which row of which file; no column that is USABLE is called so
 
 
-def select(
-    metadata: str,
-    out: Path,
-    where: str = "",
-    samples: int | None = None,
-    seed: int = 0,
-    captions: Path | None = None,
-    url_column: str | None = None,
-    caption_column: str | None = None,
-    max_caption: int = MAX_CAPTION,
-    memory: float = 2.0,
-    threads: int | None = None,
-) -> dict:
+def select(metadata: str, out: Path, selection: Selection = Selection()) -> dict:
     """Writes the chosen rows, one for each address, as Parquet files into ``out``, which appears when it is complete.
 
     Their columns: url, caption, prompt (with ``captions``: as the list has it), then what else the metadata has, under
@@ -69,13 +57,6 @@ def select(
 
     Args:
         metadata: a Parquet file, a directory (searched in depth) or a pattern such as ``"laion/part-*.parquet"``.
-        where: SQL condition on the columns; rows for which it is unknown (NULL, NaN) are left out.
-        samples: rows to draw; None takes all.
-        captions: a list of captions (`read_captions`): only rows with one of them, in upper or lower case.
-        url_column, caption_column: the columns, where `ALIASES` does not have their names or takes the wrong one.
-        max_caption: bytes; rows with longer ones are left out.
-        memory: GB, of the process as a whole.
-        threads: None takes all cores.
 
     Returns:
         What also stands in ``out/selection.json``: the conditions, and ``counts`` of rows and of what they were lost to.
@@ -85,18 +66,18 @@ def select(
     """
     if out.exists():
         raise FileExistsError(f"{out} exists: remove it or choose another directory")
-    if samples is not None and samples < 1:
-        raise ValueError(f"samples must be at least 1, found {samples}")
-    files, prompts = list_files(metadata), read_captions(captions) if captions else None
+    if selection.samples is not None and selection.samples < 1:
+        raise ValueError(f"samples must be at least 1, found {selection.samples}")
+    files, prompts = list_files(metadata), read_captions(Path(selection.captions)) if selection.captions else None
     partial = out.with_name(f".{out.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     spill = partial / "spill"
     spill.mkdir(parents=True)
     try:
-        with _database(files, spill, memory, threads) as database:
-            columns = _Columns.find(database, url_column, caption_column)
+        with _database(files, spill, selection.memory, selection.threads) as database:
+            columns = _Columns.find(database, selection.url_column, selection.caption_column)
             database.execute(columns.view())
-            condition = _condition(database, where, columns)
+            condition = _condition(database, selection.where, columns)
             query = f"SELECT {columns.output(prompts)} FROM metadata JOIN chosen ON metadata.{ROW} = chosen.row"
             if prompts:
                 database.register("listed", pa.table({"prompt": prompts}))
@@ -104,7 +85,7 @@ def select(
                                  "FROM listed GROUP BY folded")  # fmt: skip
                 condition += " AND lower(trim(caption)) IN (SELECT folded FROM prompts)"
                 query += " JOIN prompts ON lower(trim(metadata.caption)) = prompts.folded"
-            counts = _choose(database, condition, samples, seed, max_caption)
+            counts = _choose(database, condition, selection)
             written = _write(database, query, partial)
             if prompts:
                 (listed,) = database.execute("SELECT count(*) FROM prompts").fetchone()
@@ -112,7 +93,8 @@ def select(
                 counts |= {"captions listed": listed, "captions found": len(found["prompt"].unique())}
         header = {
             "counts": counts,
-            "conditions": {"where": where, "samples": samples, "seed": seed, "max_caption": max_caption,
+            "conditions": {"where": selection.where, "samples": selection.samples, "seed": selection.seed,
+                           "max_caption": selection.max_caption,
                            "captions": prompts and hashlib.sha256("\0".join(prompts).encode()).hexdigest()},
             "columns": columns.sources,
             "columns left out": columns.unusable,
@@ -273,22 +255,20 @@ def _condition(database: duckdb.DuckDBPyConnection, where: str, columns: _Column
     return condition
 
 
-def _choose(
-    database: duckdb.DuckDBPyConnection, condition: str, samples: int | None, seed: int, max_caption: int
-) -> dict[str, int]:
+def _choose(database: duckdb.DuckDBPyConnection, condition: str, selection: Selection) -> dict[str, int]:
     """Makes the table ``chosen`` of rows and their place in the draw; returns the counts."""
     database.execute(f"""
         CREATE TEMP TABLE addresses AS
-        SELECT lost, CASE WHEN lost = 0 THEN md5_number('{int(seed)} ' || url) END AS draw,
+        SELECT lost, CASE WHEN lost = 0 THEN md5_number('{int(selection.seed)} ' || url) END AS draw,
                min({ROW}) AS row, count(*) AS rows
         FROM (SELECT url, {ROW}, CASE
                 WHEN url IS NULL OR strlen(url) > {MAX_URL} OR NOT regexp_full_match(url, '(?i)https?://[!-~]+') THEN 1
                 WHEN caption IS NULL OR trim(caption) = '' THEN 2
-                WHEN strlen(caption) > {int(max_caption)} THEN 3
+                WHEN strlen(caption) > {int(selection.max_caption)} THEN 3
                 ELSE 0 END AS lost
               FROM metadata WHERE {condition})
         GROUP BY ALL""")
-    draw = "" if samples is None else f"ORDER BY draw LIMIT {int(samples)}"
+    draw = "" if selection.samples is None else f"ORDER BY draw LIMIT {int(selection.samples)}"
     database.execute(f"CREATE TEMP TABLE chosen AS SELECT draw, row FROM addresses WHERE lost = 0 {draw}")
     (rows,) = database.execute("SELECT count(*) FROM files").fetchone()
     (chosen,) = database.execute("SELECT count(*) FROM chosen").fetchone()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import tarfile
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing
 from dataclasses import dataclass
@@ -33,12 +34,12 @@ class Found:
     bad: str | None = None
 
 
-class Stream:
+class Stream(ABC):
     """A source, open."""
 
+    @abstractmethod
     def read(self, seed: int, number: int, rank: int, processes: int) -> Iterator[Found]:
         """The part of pass ``number`` that is this reader's, shuffled; what cannot be read comes as bad."""
-        raise NotImplementedError
 
     def caption(self, key: str) -> NoReturn:
         """Raises ShardError: samples come, and are not looked up."""
