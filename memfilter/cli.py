@@ -10,7 +10,15 @@ from pathlib import Path
 from memfilter.data.plan import Plan
 
 
-def scenes(out: str, seed: int = 0, duplicates: int = 20, repeats: int = 500, distinct: int = 6000) -> None:
+def scenes(
+    out: str,
+    seed: int = 0,
+    duplicates: int = 20,
+    repeats: int = 500,
+    distinct: int = 6000,
+    distinct_repeats: int = 1,
+    near_copies: int = 1,
+) -> None:
     """Write clipart scenes as webdataset shards with an index of roles and repeats.
 
     Args:
@@ -18,11 +26,14 @@ def scenes(out: str, seed: int = 0, duplicates: int = 20, repeats: int = 500, di
         seed: another seed gives other scenes.
         duplicates: scenes that are shown many times.
         repeats: how often each of them is shown.
-        distinct: scenes that are shown once.
+        distinct: other scenes.
+        distinct_repeats: how often each of them is shown.
+        near_copies: above 1, a duplicate comes under so many keys with slightly different captions and crops, which share
+            its repeats.
     """
     from memfilter.data.experiment import prepare_scenes
 
-    print(prepare_scenes(Path(out), seed, duplicates, repeats, distinct))
+    print(prepare_scenes(Path(out), seed, duplicates, repeats, distinct, distinct_repeats, near_copies))
 
 
 def experiment(data: str, out: str, hashes: str | None = None, processes: int | None = None, **conditions) -> None:

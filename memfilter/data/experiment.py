@@ -90,30 +90,48 @@ def scene_of(seed: int, stream: int, index: int) -> scenes.Scene:
     return scenes.draw(seed, stream, index, specific=index % 2)
 
 
-def prepare_scenes(out: Path, seed: int = 0, duplicates: int = 20, repeats: int = 500, distinct: int = 6_000) -> Path:
+def prepare_scenes(
+    out: Path,
+    seed: int = 0,
+    duplicates: int = 20,
+    repeats: int = 500,
+    distinct: int = 6_000,
+    distinct_repeats: int = 1,
+    near_copies: int = 1,
+) -> Path:
     """Writes clipart scenes as shards and an index; the directory appears when it is complete.
 
     Args:
         duplicates, repeats: so many scenes, each to be shown so often.
-        distinct: scenes shown once.
+        distinct, distinct_repeats: so many others, each to be shown so often.
+        near_copies: above 1, a duplicate comes under so many keys, each a `scenes.near_copy` of it; they share its
+            repeats.
+
+    Raises:
+        ValueError: repeats is no multiple of near_copies.
     """
+    if near_copies < 1 or repeats % near_copies:
+        raise ValueError(f"near_copies: {repeats} repeats cannot be shared by {near_copies} keys")
     if out.exists():
         raise FileExistsError(f"{out} exists: remove it or choose another directory")
     partial = out.with_name(f".{out.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
-    plan = [(scenes.DUPLICATES, i) for i in range(duplicates)] + [(scenes.DISTINCT, i) for i in range(distinct)]
+    plan = [(scenes.DUPLICATES, i, copy) for i in range(duplicates) for copy in range(near_copies)]
+    plan += [(scenes.DISTINCT, i, 0) for i in range(distinct)]
     keys = [f"{number:09d}" for number in range(len(plan))]
 
     def samples():
-        for key, (stream, index) in zip(tqdm(keys, desc="scenes"), plan, strict=True):
+        for key, (stream, index, copy) in zip(tqdm(keys, desc="scenes"), plan, strict=True):
             scene = scene_of(seed, stream, index)
+            if stream == scenes.DUPLICATES and near_copies > 1:
+                scene = scenes.near_copy(scene, seed, index * near_copies + copy)
             yield key, scenes.render(scene), scene.caption, scene.facts()
 
     write_shards(samples(), partial)
     table = {
         "key": keys,
-        "role": ["duplicate" if stream == scenes.DUPLICATES else "distinct" for stream, _ in plan],
-        "repeats": [repeats if stream == scenes.DUPLICATES else 1 for stream, _ in plan],
+        "role": ["duplicate" if stream == scenes.DUPLICATES else "distinct" for stream, *_ in plan],
+        "repeats": [repeats // near_copies if stream == scenes.DUPLICATES else distinct_repeats for stream, *_ in plan],
     }
     pq.write_table(pa.table(table), partial / INDEX)
     partial.rename(out)

@@ -35,7 +35,7 @@ COLOURS = {
     "black": (35, 35, 35),
 }
 # streams of scenes: what was drawn for one purpose is never drawn for another
-BASE, DUPLICATES, DISTINCT, SCORER, SCORER_VALIDATION, SAME_CAPTION, VARIATIONS = range(7)
+BASE, DUPLICATES, DISTINCT, SCORER, SCORER_VALIDATION, SAME_CAPTION, VARIATIONS, COPIES = range(8)
 SPECIFIC = ", limited edition poster no {number}"
 
 
@@ -90,6 +90,15 @@ def draw(seed: int, stream: int, index: int, specific: float = 0.2) -> Scene:
 def vary(scene: Scene, seed: int, stream: int, index: int) -> Scene:
     """Another picture for the same caption: everything that the caption leaves open is drawn anew."""
     return replace(scene, **_layout(np.random.default_rng((seed, stream, index))))
+
+
+def near_copy(scene: Scene, seed: int, index: int) -> Scene:
+    """Nearly the same picture under nearly the same caption, as the web has them: shifted by up to 3% of the side, up to
+    5% larger or smaller, and with a poster number of its own."""
+    rng = np.random.default_rng((seed, COPIES, index))
+    size = scene.size * rng.uniform(0.95, 1.05)
+    x, y = (float(np.clip(place + rng.uniform(-0.03, 0.03), size / 2, 1 - size / 2)) for place in (scene.x, scene.y))
+    return replace(scene, size=size, x=x, y=y, poster=int(rng.integers(1, 1000)))
 
 
 def _layout(rng: np.random.Generator) -> dict:

@@ -9,6 +9,7 @@ from memfilter.data import experiment as module
 from memfilter.data import scenes
 from memfilter.data.experiment import Experiment, prepare_scenes
 from memfilter.data.shards import Shards
+from memfilter.eval.copies import copy_similarity
 
 PLAN = {"seed": 3, "duplicates": 6, "repeats": 5, "distinct": 14}
 
@@ -61,6 +62,32 @@ def test_pictures_captions_and_facts_belong_together(prepared):
 def test_no_scene_stands_in_both_roles(prepared):
     shards = Shards.open(prepared)
     assert len({shards.image(key).tobytes() for key in shards.keys()}) == 20
+
+
+def test_distinct_scenes_may_come_again(tmp_path):
+    out = prepare_scenes(tmp_path / "scenes", **PLAN, distinct_repeats=3)
+    assert pq.read_table(out / module.INDEX)["repeats"].to_pylist() == [5] * 6 + [3] * 14
+
+
+def test_near_copies_share_repeats_under_keys_captions_and_pictures_of_their_own(prepared, tmp_path):
+    shards = Shards.open(prepare_scenes(tmp_path / "scenes", **PLAN | {"repeats": 20}, near_copies=5))
+    index = Experiment.read(tmp_path / "scenes" / module.INDEX)
+    assert index.repeats.tolist() == [4] * 30 + [1] * 14 and index.duplicate.sum() == 30
+    pictures = np.stack([np.asarray(shards.image(key)) for key in index.keys[:30]]).reshape(6, 5, 32, 32, 3)
+    originals = np.stack([np.asarray(Shards.open(prepared).image(key)) for key in index.keys[:6]])
+    alike = copy_similarity(pictures, originals[:, None])
+    others = copy_similarity(pictures, originals[[1, 2, 3, 4, 5, 0]][:, None])
+    assert 0.6 < alike.min() and alike.max() < 1 and alike.min() > others.max()
+    captions = [shards.caption(key) for key in index.keys[:30]]
+    assert len(set(captions)) > 25
+    assert {re.sub(r", limited.*", "", caption) for caption in captions} == {
+        re.sub(r", limited.*", "", Shards.open(prepared).caption(key)) for key in index.keys[:6]
+    }
+
+
+def test_repeats_that_cannot_be_shared_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="near_copies: 5 repeats cannot be shared by 2 keys"):
+        prepare_scenes(tmp_path / "scenes", **PLAN, near_copies=2)
 
 
 def test_existing_directory_is_never_written_to(prepared):
