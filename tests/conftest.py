@@ -22,6 +22,13 @@ def _fresh_accelerate():
     AcceleratorState._reset_state(reset_partial_state=True)
 
 
+@pytest.fixture(autouse=True)
+def _fresh_wandb():
+    """wandb leaves the address of its service in the environment, and what later tests start would join it."""
+    yield
+    os.environ.pop("WANDB_SERVICE", None)
+
+
 @pytest.fixture
 def tiny_unet():
     """Factory: tiny_unet(seed, **config) is a UNet2DConditionModel of 200k weights in train mode."""
