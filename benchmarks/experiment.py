@@ -1,7 +1,7 @@
 """The experiment at full size: time and memory of building its manifest, and reading by it next to `wids`.
 
-    pip install --no-deps --target /tmp/wids 'webdataset==0.2.111'
-    python benchmarks/experiment.py --wids /tmp/wids
+    pip install --no-deps --target runs/wids 'webdataset==0.2.111'
+    python benchmarks/experiment.py --wids runs/wids
 
 122,000 generated pictures (64 px JPEG, as img2dataset lays them out, 10,000 a shard), among them known numbers that are
 broken, without caption, copies byte for byte and copies saved again. `memfilter prepare experiment` makes 200 x 200 +
