@@ -25,6 +25,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from contextlib import suppress
 from pathlib import Path
 
 MINUTES, GIGABYTES, OPENING = 10, 2, 1.0  # of building; seconds of opening
@@ -89,11 +90,9 @@ def build(data: Path, out: Path, distinct: int, processes: int) -> tuple[float, 
     process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
     family = psutil.Process(process.pid)
     while process.poll() is None:
-        try:
+        with suppress(psutil.NoSuchProcess):
             members = [family, *family.children(recursive=True)]
             peak = max(peak, sum(member.memory_info().rss for member in members))
-        except psutil.NoSuchProcess:
-            pass
         time.sleep(0.1)
     if process.returncode:
         raise SystemExit("memfilter prepare experiment has failed")

@@ -172,7 +172,6 @@ def unreadable(position: int, resolution: int, reason: str) -> dict:
     return facts | {"view": ("bad", position), "repeats": False}
 
 
-
 def to_pixels(
     picture: Image.Image, resolution: int, place: tuple[float, float] | None = None, flip: bool = False
 ) -> tuple[Tensor, tuple[int, int]]:

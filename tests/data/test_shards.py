@@ -10,6 +10,7 @@ import zlib
 import numpy as np
 import pytest
 import webdataset
+from clouds import write_tar
 from PIL import Image
 
 from memfilter.data.shards import MAX_CAPTION, MAX_PIXELS, ShardError, Shards, write_shards
@@ -23,15 +24,6 @@ def encoded(seed: int, form: str = "png", **options) -> bytes:
     buffer = io.BytesIO()
     picture(seed).save(buffer, form, **options)
     return buffer.getvalue()
-
-
-def write_tar(path, members: list[tuple[str, bytes]]):
-    with tarfile.open(path, "w") as tar:
-        for name, content in members:
-            info = tarfile.TarInfo(name)
-            info.size = len(content)
-            tar.addfile(info, io.BytesIO(content))
-    return path
 
 
 @pytest.fixture

@@ -1,7 +1,7 @@
 """Chooses from LAION-style metadata what img2dataset is to download: by conditions, by caption, by a seeded draw.
 
-DuckDB reads the Parquet files twice and never holds them: first address, caption and what the conditions name, of which
-two numbers for each address stay; then the rows that were chosen. What does not fit into memory goes to a folder beside
+DuckDB reads the Parquet files and never holds them: first address, caption and what the conditions name, of which two
+numbers for each address stay; then, in parts that are sorted one by one, the rows that were chosen. What does not fit into memory goes to a folder beside
 the output.
 """
 
@@ -28,7 +28,7 @@ from memfilter.data.laion.settings import Selection
 
 HEADER = "selection.json"
 ROWS_PER_FILE = 1_000_000  # img2dataset holds a whole file
-ROWS_PER_SORT = 2_000_000
+ROWS_PER_SORT = 2_000_000  # of some hundred bytes each
 MAX_URL = 4096  # bytes; servers refuse longer ones
 # what a column is called here -> what it is called in LAION-400M, LAION-5B, Re-LAION, COYO-700M, DataComp; in any case
 ALIASES = {
