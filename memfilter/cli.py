@@ -55,6 +55,20 @@ def experiment(data: str, out: str, hashes: str | None = None, processes: int | 
     print(Path(out, MANIFEST))
 
 
+def groups(data: str, index: str | None = None, max_bits: int = 6, processes: int | None = None) -> None:
+    """Find near duplicates and name their groups in the index, for filter.key=content.
+
+    Args:
+        data: directory of shards or of pictures with .txt files.
+        index: Parquet file that gets the column group; by default index.parquet beside the data, made where it is not.
+        max_bits: of 64, by which the perceptual hashes of near duplicates differ.
+        processes: that read and hash; by default one for each core.
+    """
+    from memfilter.data.groups import prepare_groups
+
+    print(f"{prepare_groups(Path(data), Path(index) if index else None, max_bits, processes):,} groups of near duplicates")
+
+
 def verify(manifest: str, data: str | None = None) -> None:
     """Read every picture of a manifest again; exit code 1 and a line for each that is not as it was.
 
@@ -71,6 +85,15 @@ def verify(manifest: str, data: str | None = None) -> None:
 def cache(*settings: str) -> None:
     """Encode every picture and caption once, for training to read; see `memfilter cache --help`."""
     from memfilter.data.make_cache import main as make
+
+    out = make(list(settings))
+    if os.environ.get("RANK", "0") == "0":
+        print(out)
+
+
+def calibrate(*settings: str) -> None:
+    """Look at clean samples with the model as it is, for filter.method=evidence; see `memfilter calibrate --help`."""
+    from memfilter.train.calibrate import main as make
 
     out = make(list(settings))
     if os.environ.get("RANK", "0") == "0":
@@ -141,16 +164,18 @@ def main(argv: list[str] | None = None) -> int:
             },
             "scenes": scenes,
             "experiment": experiment,
+            "groups": groups,
             "verify": verify,
         },
         "cache": cache,
+        "calibrate": calibrate,
         "evaluate": evaluate,
         "report": report,
     }
     argv = sys.argv[1:] if argv is None else argv
     try:
-        if argv[:1] == ["cache"]:  # takes the settings of a training run
-            cache(*argv[1:])
+        if argv[:1] in (["cache"], ["calibrate"]):  # they take the settings of a training run
+            commands[argv[0]](*argv[1:])
             return 0
         auto_cli(commands, args=argv, prog="memfilter", as_positional=True)
     except (ValueError, OSError) as error:

@@ -84,17 +84,63 @@ class FilterConfig:
     """Which samples are left out of the loss.
 
     Args:
-        tau: samples whose text norm is not below it are dropped; inf measures only; null makes no extra pass.
-        unit: of tau; l2 (the paper's, grows with the latent's size) or rms (divided by the root of its size).
+        method: evidence (what all encounters with a sample say together; needs a calibration) is the one to use; tau (one
+            norm against one threshold) is the paper's; timestep (one norm against those of ordinary samples at its
+            timestep; needs a calibration); sightings (a sample that was trained on so often) and oracle (the known
+            duplicates) are there to be measured against.
+        tau: of method=tau; samples whose text norm is not below it are dropped; inf measures only; null makes no extra
+            pass. With other methods it has no effect.
+        unit: of the norm; l2 (the paper's, grows with the latent's size) or rms (divided by the root of its size).
         reduction: kept (mean over the kept samples of a micro-batch), kept_global (over those of the whole optimizer
             step) or batch (sum over kept samples / batch size).
         max_empty_steps: so many optimizer steps in a row that keep nothing end the run.
+        calibration: file that `memfilter calibrate` has made with the same model; by default calibration.json in the
+            model's directory.
+        false_positive_rate: of method=timestep; share of ordinary samples that are dropped.
+        false_flag_rate: of method=evidence; probability that a clean sample is ever flagged in as many looks as the
+            calibration took, with weights at rest.
+        key: what shares evidence; the sample (by its key), all samples of one caption, or those of one group (content; the
+            column group of the index, see `memfilter prepare groups`).
+        signals: what counts as evidence; norm (the paper's), loss (free), cosine of the text-conditional prediction and the
+            null one, gain (log of the null prediction's error over the conditional one's).
+        half_life: looks after which one counts half in the evidence.
+        gate: the null pass is made for samples whose evidence is at least this; -inf makes it for all.
+        below: share of the timesteps, from the lowest noise on, at which a look counts.
+        replace: whether a flagged sample is passed over and the next of the stream taken in its place; else it is masked.
+        window: samples of the stream after which every sample is looked at once more, whatever the verdict, for the
+            reference and for the way back.
+        reference_share: of the samples, which pay for the reference with a null pass once in a window.
+        reference_size: values of the reference for each signal and bin of timesteps.
+        table_size: places in the table of samples, of about 30 bytes; samples whose hashes meet share evidence.
+        sightings: of method=sightings.
     """
 
+    method: Literal["tau", "timestep", "evidence", "sightings", "oracle"] = "tau"
     tau: float | None = 4.0
     unit: Literal["l2", "rms"] = "l2"
     reduction: Literal["kept", "kept_global", "batch"] = "kept"
     max_empty_steps: int = 100
+    calibration: str | None = None
+    false_positive_rate: float = 0.02
+    false_flag_rate: float = 0.02
+    key: Literal["sample", "caption", "content"] = "sample"
+    signals: list[Literal["norm", "loss", "cosine", "gain"]] = field(
+        default_factory=lambda: ["norm", "loss", "cosine", "gain"]
+    )
+    half_life: float = 15.0
+    gate: float = 0.5
+    below: float = 0.7
+    replace: bool = True
+    window: int = 2000
+    reference_share: float = 0.125
+    reference_size: int = 128
+    table_size: int = 2**20
+    sightings: int = 30
+
+    @property
+    def makes_passes(self) -> bool:
+        """Whether there is any null pass."""
+        return self.method in ("timestep", "evidence") or self.method == "tau" and self.tau is not None
 
 
 @dataclass
@@ -219,11 +265,14 @@ class ConfigError(ValueError):
 _POSITIVE = ("train.samples", "train.batch_size", "train.accumulation", "train.learning_rate", "train.adam_eps",
              "train.max_grad_norm", "train.snr_gamma", "train.lr_cycles", "train.lr_power", "model.lora_rank",
              "model.lora_alpha", "data.shuffle_buffer", "data.resolution", "checkpoint.keep", "log.every",
-             "log.validation_prompts", "log.validation_steps")  # fmt: skip
+             "log.validation_prompts", "log.validation_steps", "filter.half_life", "filter.below", "filter.window",
+             "filter.reference_share", "filter.reference_size", "filter.table_size", "filter.sightings",
+             "filter.false_positive_rate", "filter.false_flag_rate")  # fmt: skip
 _NOT_NEGATIVE = ("train.warmup_samples", "train.weight_decay", "train.ema_half_life", "train.noise_offset", "train.seed",
                  "data.cache_gb", "data.workers", "checkpoint.every", "log.validation_every",
                  "log.validation_guidance_scale", "log.gallery")  # fmt: skip
-_SHARES = ("train.adam_beta1", "train.adam_beta2", "data.caption_dropout", "data.max_bad_share")
+_SHARES = ("train.adam_beta1", "train.adam_beta2", "data.caption_dropout", "data.max_bad_share",
+           "filter.false_positive_rate", "filter.false_flag_rate")  # fmt: skip
 
 
 def check(config: Config) -> None:
@@ -254,10 +303,7 @@ def check(config: Config) -> None:
         errors.append("model.lora_targets must name at least one layer")
     if not re.fullmatch(r"[\w.-]+", config.log.project):
         errors.append(f"log.project must consist of letters, digits, '_', '-' and '.', found {config.log.project!r}")
-    try:
-        make_filter(config.filter)
-    except ValueError as error:
-        errors.append(str(error))
+    errors += _about_filter(config)
     if errors:
         raise ConfigError("\n".join(errors))
 
@@ -278,6 +324,29 @@ def _about_time(train: TrainConfig) -> Iterator[str]:
     number = r"(\d+\.?\d*|\.\d+)(e[+-]?\d+)?"
     if train.lr_rules is not None and not re.fullmatch(rf"({number}:\d+,)*{number}", train.lr_rules):
         yield f'train.lr_rules must look like "1:80000,0.1:120000,0.01", found {train.lr_rules!r}'
+
+
+def _about_filter(config: Config) -> Iterator[str]:
+    """What is wrong with the rule; not with its calibration, which is read later."""
+    from memfilter.filter import MemFilter
+
+    rule = config.filter
+    try:
+        tau = rule.tau if rule.method == "tau" else None
+        MemFilter(tau, reduction=rule.reduction, unit=rule.unit, max_empty_steps=rule.max_empty_steps)
+    except ValueError as error:
+        yield str(error)
+    for name in ("below", "reference_share"):
+        if getattr(rule, name) > 1:
+            yield f"filter.{name} must be at most 1, found {getattr(rule, name)}"
+    if not rule.signals:
+        yield "filter.signals must name at least one signal"
+    if math.isnan(rule.gate):
+        yield "filter.gate must be a number, found nan"
+    if rule.key == "content" and config.data.streaming:
+        yield f"data.streaming={config.data.streaming} and filter.key=content exclude each other: groups are looked up by key"
+    if rule.method == "oracle" and config.data.streaming:
+        yield f"data.streaming={config.data.streaming} and filter.method=oracle exclude each other: roles are looked up by key"
 
 
 def _about_streaming(config: Config) -> Iterator[str]:
@@ -302,10 +371,40 @@ def settings_of(root: type) -> Iterator[tuple[str, Field]]:
                 yield section.name, setting
 
 
-def make_filter(config: FilterConfig):
-    """The MemFilter that the configuration describes."""
-    from memfilter.filter import MemFilter
+def make_filter(config: FilterConfig, calibration=None):
+    """The MemFilter that the configuration describes.
 
-    return MemFilter(
-        config.tau, reduction=config.reduction, unit=config.unit, max_empty_steps=config.max_empty_steps
+    Args:
+        calibration: a `Calibration`, for the methods that need one.
+
+    Raises:
+        ValueError: the calibration does not do for what is asked of it.
+    """
+    from memfilter.evidence import Census, Evidence, Sightings, Weighing
+    from memfilter.filter import MemFilter
+    from memfilter.threshold import TimestepThreshold
+
+    settings = {"reduction": config.reduction, "unit": config.unit, "max_empty_steps": config.max_empty_steps}
+    if config.method == "tau":
+        return MemFilter(config.tau, **settings)
+    if config.method == "oracle":
+        return MemFilter(None, **settings)
+    if config.method == "sightings":
+        return MemFilter(None, evidence=Sightings(config.sightings, config.table_size), **settings)
+    table = {"table_size": config.table_size, "window": config.window, "reference_share": config.reference_share}
+    if config.method == "timestep":
+        census = Census(calibration.reference(config.reference_size), **table)
+        threshold = TimestepThreshold(census.reference, config.false_positive_rate)
+        return MemFilter(None, threshold=threshold, evidence=census, **settings)
+    strengths = {name: value for name, value in Weighing().strengths.items() if name in config.signals}
+    evidence = Evidence.of(
+        calibration,
+        config.false_flag_rate,
+        reference_size=config.reference_size,
+        weighing=Weighing(strengths, config.half_life),
+        gate=config.gate,
+        below=config.below,
+        replace=config.replace,
+        **table,
     )
+    return MemFilter(None, evidence=evidence, **settings)

@@ -10,9 +10,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from memfilter.functional import REDUCTIONS, masked_loss, noise_factor, text_norm
+from memfilter.evidence import Decisions, KeyTable, Step
+from memfilter.functional import REDUCTIONS, log_gain, masked_loss, noise_factor, squared_error, text_cosine, text_norm
+from memfilter.reference import SIGNALS
 from memfilter.stats import FilterStats
-from memfilter.threshold import FixedThreshold
+from memfilter.threshold import FixedThreshold, TimestepThreshold
 from memfilter.unet import FilteredUNet
 
 
@@ -33,40 +35,43 @@ class Verdict:
     keep: Tensor
     checked: Tensor
     keys: Sequence[str] | None
+    skipped: list[str | None] | None = None  # why a sample was not checked; None: it was, or nobody chose
+    # on the host, once `MemFilter.before_step` has been called; None without evidence
+    signals: Tensor | None = None  # [B, len(SIGNALS)], NaN where not measured
+    p_value: Tensor | None = None  # of the norm
+    evidence: Tensor | None = None  # of the sample's key
 
 
 class _Readback:
     """What a forward found, on its way to the host. The copy is asked for before the backward is queued and waited for
     after: the device has work all the while, and the host knows before the update."""
 
-    def __init__(self, keep: Tensor, finite: Tensor, keys: Sequence[str] | None):
-        self.keys = keys
-        facts = torch.stack([keep, finite])  # [2, B]
-        self._host = facts.to("cpu", non_blocking=True)
+    def __init__(self, *facts: Tensor):
+        stacked = torch.stack([fact.float() for fact in facts])  # [n, B]
+        self._host = stacked.to("cpu", non_blocking=True)
         self._arrived = None
-        if facts.device.type != "cpu":
-            self._arrived = torch.get_device_module(facts.device).Event()
+        if stacked.device.type != "cpu":
+            self._arrived = torch.get_device_module(stacked.device).Event()
             self._arrived.record()
 
-    def read(self) -> int:
-        """How many samples are kept.
-
-        Raises:
-            NonFiniteNorm: some norm is NaN or infinite.
-        """
+    def read(self) -> Tensor:
+        """On the host, [n, B]."""
         if self._arrived is not None:
             self._arrived.synchronize()
-        keep, finite = self._host
-        if not finite.all():
-            bad = (~finite).nonzero().flatten().tolist()
-            names = ", ".join(str(self.keys[i]) if self.keys is not None else f"row {i}" for i in bad)
-            raise NonFiniteNorm(f"the text norm of {len(bad)} of {len(finite)} samples is not finite ({names}): "
-                                "look for NaN in their latents, or lower the learning rate")  # fmt: skip
-        return int(keep.sum())
+        return self._host
+
+
+def _require_finite(finite: Tensor, keys: Sequence[str] | None) -> None:
+    if not finite.all():
+        bad = (~finite).nonzero().flatten().tolist()
+        names = ", ".join(str(keys[i]) if keys is not None else f"row {i}" for i in bad)
+        raise NonFiniteNorm(f"the text norm of {len(bad)} of {len(finite)} samples is not finite ({names}): "
+                            "look for NaN in their latents, or lower the learning rate")  # fmt: skip
 
 
 class MemFilter:
-    """Leaves samples out of the loss whose text-conditional noise prediction is abnormally large.
+    """Leaves samples out of the loss that are being memorized: by one tau for the norm of their text-conditional noise
+    prediction, or by another rule.
 
         mem_filter = MemFilter(tau=4.0)
         unet = mem_filter.wrap(unet, null=null_prompt_embeds, scheduler=noise_scheduler)
@@ -78,7 +83,10 @@ class MemFilter:
 
     Args:
         tau: samples whose norm is not below it are dropped (Section 4.2 of the paper; 2..6 there, for Stable Diffusion
-            at 512 px). ``inf``: measure only. None: no extra pass, nothing checked.
+            at 512 px). ``inf``: measure only. None, without another rule: no extra pass, nothing checked.
+        threshold: another rule for single norms, such as `TimestepThreshold`, instead of tau.
+        evidence: a rule that knows every sample's key, such as `Evidence`; `batch` must then name the keys, and every rank
+            bring as many samples to a step.
         reduction: ``kept``, ``kept_global`` or ``batch``, see `masked_loss`. With ``kept_global`` the gradients of an
             optimizer step are those of the mean over all that was kept in it, however it is split into ranks and
             micro-batches; `before_step` makes them so.
@@ -92,8 +100,10 @@ class MemFilter:
 
     def __init__(
         self,
-        tau: float | None,
+        tau: float | None = None,
         *,
+        threshold: TimestepThreshold | None = None,
+        evidence: KeyTable | None = None,
         reduction: str = "kept",
         unit: str = "l2",
         max_empty_steps: int = 100,
@@ -103,21 +113,28 @@ class MemFilter:
             raise ValueError(f"filter.reduction must be one of {', '.join(REDUCTIONS)}, found {reduction!r}")
         if max_empty_steps < 1:
             raise ValueError(f"filter.max_empty_steps must be at least 1, found {max_empty_steps}")
-        self.threshold = FixedThreshold(math.inf if tau is None else tau, unit)
-        self.active = tau is not None
+        if tau is not None and threshold is not None:
+            raise ValueError(f"filter.tau={tau} and a threshold exclude each other: give one of them")
+        self.threshold = threshold or FixedThreshold(math.inf if tau is None else tau, unit)
+        self.evidence, self.unit = evidence, unit
+        self.active = tau is not None or threshold is not None or evidence is not None
         self.reduction = reduction
         self.max_empty_steps = max_empty_steps
         self.stats = stats or FilterStats()
         self.verdict: Verdict | None = None  # of the last training forward
         self._unused = False  # no loss was made from the verdict yet
         self._facts: dict = {}
+        self._null: tuple[Tensor, Tensor | None] | None = None  # null prediction and its rows, until the loss
+        self._rows: list[Tensor] = []  # of this step's micro-batches, for the evidence
+        self._verdicts: list[Verdict] = []  # the same
+        self._gone_by = 0  # samples that were passed over since the last step
         self._factors: Tensor | None = None  # [T], None for epsilon prediction
-        self._unread: _Readback | None = None  # of the last training forward
+        self._unread: tuple[_Readback, ...] = ()  # of the last training forward: its verdict, its errors
         self._kept_in_step: int | None = None  # None: no training forward since the last step
         self._empty_in_a_row = 0
         self._rescaled = None  # DeepSpeed's optimizer, while a factor of `before_step` stands as its loss scale
 
-    def wrap(self, unet: nn.Module, null, scheduler=None) -> FilteredUNet:
+    def wrap(self, unet: nn.Module, null, scheduler=None, static_shapes: bool = False) -> FilteredUNet:
         """The denoiser with the check inside; do this before ``accelerator.prepare``.
 
         Args:
@@ -125,6 +142,7 @@ class MemFilter:
             null: embedding of the empty prompt, [L, D] or [1, L, D], or a mapping (see `FilteredUNet`).
             scheduler: a diffusers noise scheduler; its prediction type and alphabar_t convert the norm to noise
                 space. None: the model predicts epsilon.
+            static_shapes: see `FilteredUNet`.
 
         Raises:
             ValueError: the scheduler's prediction type is unknown, or it has no alphabar_t.
@@ -136,9 +154,11 @@ class MemFilter:
             factors = noise_factor(scheduler.config.prediction_type, scheduler.alphas_cumprod)
             self._factors = None if scheduler.config.prediction_type == "epsilon" else factors
             self.stats.num_train_timesteps = len(factors)
-        return FilteredUNet(unet, null, self._judge, self.active)
+        return FilteredUNet(unet, null, self._judge, self._select, static_shapes)
 
-    def batch(self, *, keys=None, duplicate=None, caption_dropped=None, excluded=None) -> None:
+    def batch(
+        self, *, keys=None, duplicate=None, caption_dropped=None, excluded=None, shared_keys=None, timesteps=None
+    ) -> None:
         """What is known of the samples of the next training forward; all optional, each of length B.
 
         Args:
@@ -149,6 +169,9 @@ class MemFilter:
             excluded: whether the sample is left out of the loss whatever its norm, such as one that could not be
                 read; what stands in its place must be finite. It is not checked and counts apart; with the reduction
                 ``batch`` it counts as a sample of the batch, as a dropped one does.
+            shared_keys: what evidence is collected under, such as captions or names of groups; by default ``keys``.
+            timesteps: those of the forward, on the host, where they are known there: no null pass is then made for samples
+                at which it could tell nothing.
         """
         self._facts = {
             "keys": keys,
@@ -156,9 +179,72 @@ class MemFilter:
             "caption_dropped": caption_dropped,
             "excluded": excluded,
         }
+        if self.evidence is not None:
+            shared = keys if shared_keys is None else shared_keys
+            if shared is None:
+                raise ValueError("MemFilter.batch(keys=...): evidence is collected by key, and none are given")
+            self._facts |= self._decide(shared, caption_dropped, excluded, timesteps)
 
-    def _judge(self, cond: Tensor, null: Tensor | None, timesteps: Tensor) -> tuple[Tensor, Tensor]:
-        """Verdict on one training forward: (text_norm [B], keep [B]); ``null`` is None where no pass was made for it."""
+    def _decide(self, shared_keys, caption_dropped, excluded, timesteps) -> dict:
+        """What to do with samples, by what is known before their step: `Decisions`, places in the table, and why."""
+        slots = self.evidence.slots(shared_keys)
+        drop, look, audit = self.evidence.decide(slots)
+        reasons: list[str | None] = [None if looked else "flagged" if dropped else "no evidence"
+                                     for looked, dropped in zip(look.tolist(), drop.tolist(), strict=True)]  # fmt: skip
+        hopeless = torch.zeros_like(look)
+        if timesteps is not None:
+            hopeless = ~self.evidence.worth_looking(torch.as_tensor(timesteps))
+        nothing = [False] * len(slots)
+        for reason, rows in (
+            ("high noise", hopeless.tolist()),
+            ("caption dropped", nothing if caption_dropped is None else caption_dropped),
+            ("excluded", nothing if excluded is None else excluded),
+        ):
+            rows = torch.as_tensor(rows, dtype=torch.bool)
+            reasons = [reason if hit else before for before, hit in zip(reasons, rows.tolist(), strict=True)]
+            look &= ~rows
+            if reason != "high noise":  # without its caption, or its picture, a sample says nothing of its key
+                slots = torch.where(rows, -1, slots)
+        return {"slots": slots, "decisions": Decisions(drop, look, audit), "skipped": reasons}
+
+    def passed_over(self, timesteps: Tensor, duplicate: Sequence[bool] | None = None) -> None:
+        """Tells of samples of the stream in whose place others were taken, because their keys are flagged. Every rank
+        tells of those of all ranks.
+
+        Args:
+            timesteps: [n], at which they would have been shown.
+            duplicate: as for `batch`.
+        """
+        self._gone_by += len(timesteps)
+        if not (dist.is_available() and dist.is_initialized() and dist.get_rank()):
+            no = torch.zeros(len(timesteps), dtype=torch.bool)
+            group = torch.zeros(len(no), dtype=torch.long) if duplicate is None else torch.tensor(duplicate).long() + 1
+            self.stats.add(timesteps, torch.zeros(len(no)), no, no, group, judged=~no)
+
+    def _select(self, batch_size: int) -> list[int] | None:
+        """Rows of the null pass; None for all."""
+        if not self.active:
+            return []
+        if self.evidence is None:
+            return None
+        if "decisions" not in self._facts:
+            raise ValueError("evidence is collected by key: name the samples with MemFilter.batch(keys=...) before the forward")
+        if not self.evidence.makes_passes:
+            return []
+        rows = self._facts["decisions"].look.nonzero().flatten().tolist()
+        several = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+        # ZeRO-3 and FSDP gather weights in every forward: a rank must not stay away from a pass that others make
+        return None if len(rows) == batch_size else rows or [0] * several
+
+    def _judge(
+        self, cond: Tensor, null: Tensor | None, timesteps: Tensor, rows: Sequence[int] | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Verdict on one training forward: (text_norm [B], keep [B]).
+
+        Args:
+            null: [n, ...], None where no pass was made.
+            rows: of which samples; None: all.
+        """
         facts, self._facts = self._facts, {}
         self._settle()
         self._end_rescaling()
@@ -166,8 +252,13 @@ class MemFilter:
         if (keys := facts.get("keys")) is not None and len(keys) != count:
             raise ValueError(f"MemFilter.batch(keys=...) must have one entry for each of the {count} samples, "
                              f"found {len(keys)}")  # fmt: skip
-        checked = torch.full((count,), null is not None, device=device)
-        excluded = torch.zeros_like(checked)
+        looked = torch.full((count,), null is not None, device=device)
+        place = None
+        if null is not None and rows is not None:
+            place = torch.tensor(rows).to(device, non_blocking=True)  # [n]
+        if (decisions := facts.get("decisions")) is not None:
+            looked = decisions.look.to(device, non_blocking=True)
+        checked, excluded = looked.clone(), torch.zeros_like(looked)
         if (given := facts.get("excluded")) is not None:
             excluded = _bools(given, count, device, "excluded")
             checked &= ~excluded
@@ -178,23 +269,55 @@ class MemFilter:
             self._factors = self._factors.to(device)
             factor = self._factors[timesteps.long()]
             checked &= factor != 0
-        norm, finite = torch.zeros(count, device=device), torch.ones_like(checked)
+        norm, finite, cosine = torch.zeros(count, device=device), torch.ones_like(checked), None
         if null is not None:
-            found = text_norm(cond, null, factor, self.threshold.unit)
+            paired = cond if place is None else cond[place]
+            found = _spread(text_norm(paired, null, factor if place is None or factor is None else factor[place], self.unit),
+                            place, count, 0.0)  # fmt: skip
             norm, finite = torch.where(checked, found, 0), torch.isfinite(found) | excluded
+            cosine = None if self.evidence is None else _spread(text_cosine(paired, null), place, count)
+        judged = checked
         keep = (self.threshold(norm, timesteps) | ~checked) & ~excluded
+        if decisions is not None:
+            keep &= ~decisions.drop.to(device, non_blocking=True)
+            judged = ~excluded
         group = torch.zeros(count, dtype=torch.long, device=device)
         if (duplicate := facts.get("duplicate")) is not None:
             group = _bools(duplicate, count, device, "duplicate").long() + 1
-        self.stats.add(timesteps, norm, keep, checked, group, excluded)
-        self.verdict, self._unused = Verdict(timesteps, norm, keep, checked, facts.get("keys")), True
-        self._unread = _Readback(keep, finite, self.verdict.keys)
+        passes = None if null is None or place is None else torch.zeros(count, device=device).index_fill(0, place, 1)
+        passes = torch.full((count,), float(null is not None), device=device) if passes is None else passes
+        self.stats.add(timesteps, norm, keep, checked, group, excluded, judged, passes)
+        self.verdict, self._unused = Verdict(timesteps, norm, keep, checked, facts.get("keys"), facts.get("skipped")), True
+        self._unread = (_Readback(keep, finite),)
+        if self.evidence is not None:
+            unknown = torch.full((count,), math.nan, device=device)
+            seen = (timesteps, torch.where(checked, norm, math.nan), unknown if cosine is None else cosine)
+            self._unread += (_Readback(checked, *seen),)
+            self._null = None if null is None else (null, place)
+            self._verdicts.append(self.verdict)
+            self._rows.append(torch.stack([facts["slots"], decisions.audit.long()]))
         return norm, keep
 
     def _settle(self) -> None:
-        unread, self._unread = self._unread, None
-        if unread is not None:
-            self._kept_in_step = (self._kept_in_step or 0) + unread.read()
+        """Waits for what the last training forward found."""
+        unread, self._unread = self._unread, ()
+        if not unread:
+            return
+        keep, finite = unread[0].read().bool()
+        _require_finite(finite, self.verdict.keys)
+        self._kept_in_step = (self._kept_in_step or 0) + int(keep.sum())
+        if self.evidence is None:
+            return
+        checked, timesteps, norm, cosine = unread[1].read()
+        unknown = torch.full_like(norm, math.nan)
+        loss, gain = unread[2].read() if len(unread) > 2 else (unknown, unknown)
+        found = {"norm": norm, "loss": loss, "cosine": cosine, "gain": gain}
+        signals = torch.stack([found[name] for name in SIGNALS], 1)  # [B, S]
+        free = torch.tensor([name == "loss" for name in SIGNALS])
+        self.verdict.signals = torch.where(checked.bool()[:, None] | free, signals, math.nan)
+        columns = [*self._rows[-1], timesteps, keep, *self.verdict.signals.T]
+        self._rows[-1] = torch.stack([column.double() for column in columns], 1)  # [B, 4 + S]; a place is exact in fp64
+        self._null = None
 
     def loss(self, pred: Tensor, target: Tensor, weight: Tensor | None = None) -> Tensor:
         """Masked mean squared error of the last forward's samples: [B, ...] -> scalar, graph always intact.
@@ -209,7 +332,18 @@ class MemFilter:
             raise RuntimeError("MemFilter.loss needs the verdict of a training forward of the same batch: call "
                                "the wrapped denoiser first, in train mode and with gradients on")  # fmt: skip
         self._unused = False
+        if self.evidence is not None:
+            self._unread += (_Readback(*self._errors(pred.detach(), target)),)
         return masked_loss(pred, target, self.verdict.keep, self.reduction, weight)
+
+    def _errors(self, pred: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+        """Loss and gain of every sample, [B]; NaN where there was no null pass."""
+        loss, gain = squared_error(pred, target), torch.full((len(pred),), math.nan, device=pred.device)
+        if self._null is not None:
+            null, place = self._null
+            at = slice(None) if place is None else place
+            gain = _spread(log_gain(loss[at], squared_error(null, target[at])), place, len(pred))
+        return loss, gain
 
     def before_step(self, optimizer) -> bool:
         """Call between the last backward and the clipping; says whether anything was kept in that step.
@@ -243,7 +377,9 @@ class MemFilter:
         if kept is None and not self.active:  # nothing was asked of the filter
             return True
         kept = kept or 0
-        if dist.is_available() and dist.is_initialized():  # an update of one rank alone would part the weights
+        if self.evidence is not None:
+            kept = self._weigh()
+        elif dist.is_available() and dist.is_initialized():  # an update of one rank alone would part the weights
             kept = torch.tensor(kept, device=None if self.verdict is None else self.verdict.keep.device)
             dist.all_reduce(kept)
         if kept:
@@ -259,11 +395,25 @@ class MemFilter:
         self._empty_in_a_row += 1
         self.stats.empty_steps += 1
         if self._empty_in_a_row >= self.max_empty_steps:
-            reason = "all of them were excluded"
-            if self.threshold.tau < math.inf:
+            reason = "all of them were excluded" if self.evidence is None else "all of them were excluded or flagged"
+            if getattr(self.threshold, "tau", math.inf) < math.inf:
                 reason = f"filter.tau={self.threshold.tau} is below the norm of everything; raise it"
             raise EmptySteps(f"{self._empty_in_a_row} optimizer steps in a row kept no sample: {reason}")
         return False
+
+    def _weigh(self) -> int:
+        """The evidence of this step's samples, of all ranks; says how many were kept. One collective."""
+        parts, self._rows = self._rows, []
+        verdicts, self._verdicts = self._verdicts, []
+        gone_by, self._gone_by = self._gone_by, 0
+        device = verdicts[-1].keep.device if verdicts else "cpu"
+        rows, mine = _of_all_ranks(parts, device)
+        slots, audit, timesteps, keep = rows[:, :4].T
+        step = Step(slots.long(), timesteps.long(), rows[:, 4:].float(), audit.bool())
+        p_values, evidence = self.evidence.update(step, gone_by + len(rows))
+        for verdict, place in zip(verdicts, mine, strict=True):
+            verdict.p_value, verdict.evidence = p_values[place], evidence[place]
+        return int(keep.sum())
 
     def _rescale(self, optimizer, engine, factor: float) -> None:
         """Multiplies the gradients of the step to come."""
@@ -289,7 +439,8 @@ class MemFilter:
 
     def metrics(self, accelerator=None) -> dict[str, float]:
         """Counts, rates and norms since the last call, named ``filter/...``; with several ranks every rank calls."""
-        return self.stats.compute(_sum_over(accelerator))
+        known = {} if self.evidence is None else self.evidence.metrics()
+        return self.stats.compute(_sum_over(accelerator)) | known
 
     def histograms(self, accelerator=None) -> dict[str, list[int]]:
         """How the norms since the last call are spread, see `FilterStats.histograms`; every rank calls."""
@@ -335,6 +486,38 @@ def _bools(values, count: int, device, name: str) -> Tensor:
         raise ValueError(f"MemFilter.batch({name}=...) must have one entry for each of the {count} samples, "
                          f"found shape {tuple(tensor.shape)}")  # fmt: skip
     return tensor
+
+
+def _spread(values: Tensor, place: Tensor | None, count: int, blank: float = math.nan) -> Tensor:
+    """Values of some rows, [n], where they belong among all: [B], ``blank`` elsewhere."""
+    if place is None:
+        return values
+    return torch.full((count,), blank, dtype=values.dtype, device=values.device).index_copy(0, place, values)
+
+
+def _of_all_ranks(parts: list[Tensor], device) -> tuple[Tensor, list[Tensor]]:
+    """Rows of a step's micro-batches on all ranks in the order of the stream, which goes micro-batch by micro-batch and, in
+    each, rank by rank: [sum of B, F] on the host, and where the rows of each micro-batch of this rank are.
+
+    Args:
+        parts: [B, F] each, as many and as long on every rank.
+    """
+    rows = torch.cat(parts)
+    if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
+        return rows, list(torch.arange(len(rows)).split([len(part) for part in parts]))
+    ranks, rank = dist.get_world_size(), dist.get_rank()
+    local = rows.to(device)
+    gathered = [torch.empty_like(local) for _ in range(ranks)]
+    dist.all_gather(gathered, local)
+    by_rank = [one.cpu().split([len(part) for part in parts]) for one in gathered]
+    ordered, mine, start = [], [], 0
+    for micro_batch in range(len(parts)):
+        for r in range(ranks):
+            ordered.append(by_rank[r][micro_batch])
+            if r == rank:
+                mine.append(torch.arange(start, start + len(ordered[-1])))
+            start += len(ordered[-1])
+    return torch.cat(ordered), mine
 
 
 def _sum_over(accelerator):

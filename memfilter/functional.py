@@ -93,6 +93,35 @@ def text_norm(cond: Tensor, null: Tensor, factor: Tensor | None = None, unit: st
     return norm if factor is None else norm * factor.to(norm).abs()
 
 
+def text_cosine(cond: Tensor, null: Tensor) -> Tensor:
+    """Cosine between the text-conditional prediction, cond - null, and null: [B, ...] twice -> [B], in fp32 at least.
+
+    Memorized samples show a high one at low noise (the anisotropy of "Detecting and mitigating memorization in diffusion
+    models through anisotropy of the log-probability", ICLR 2026), where v and noise predictions are all but the same; of
+    other prediction types it is taken as it is.
+    """
+    precise = torch.promote_types(cond.dtype, torch.float32)
+    cond, null = cond.to(precise).flatten(1), null.to(precise).flatten(1)
+    return torch.nn.functional.cosine_similarity(cond - null, null)
+
+
+def squared_error(pred: Tensor, target: Tensor) -> Tensor:
+    """Mean squared error of every sample: [B, ...] twice -> [B], in fp32 at least."""
+    precise = torch.promote_types(pred.dtype, torch.float32)
+    return (pred.to(precise) - target.to(precise)).square().flatten(1).mean(1)
+
+
+def log_gain(cond_error: Tensor, null_error: Tensor) -> Tensor:
+    """log(error of the null prediction / error of the conditional one): what the prompt explains of this very noise. [B]
+
+    At one noise level the difference of the two errors is, up to a factor, the integrand of log p(x | prompt) - log p(x)
+    (Kong et al., "Interpretable Diffusion via Information Decomposition", ICLR 2024); for a memorized pair the prompt
+    tells all of x. A ratio, it is the same in noise, v and x0 space.
+    """
+    smallest = torch.finfo(cond_error.dtype).tiny
+    return null_error.clamp(min=smallest).log() - cond_error.clamp(min=smallest).log()
+
+
 def keep_mask(norm: Tensor, tau: float) -> Tensor:
     """Which samples stay in the loss: ``norm < tau``, strictly (Section 4.2). [B] -> bool [B].
 

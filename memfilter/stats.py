@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 GROUPS = ("unknown", "distinct", "duplicates")
-_FIELDS = ("seen", "checked", "dropped", "excluded", "norm_sum")
+_COUNTS = ("seen", "checked", "dropped", "excluded")
+_FIELDS = (*_COUNTS, "judged", "passes", "norm_sum")
 # norms differ by orders of magnitude between models: four bins to the octave, those at the ends open
 _LOWEST, _HIGHEST, _PER_OCTAVE = -8, 12, 4
 HISTOGRAM_EDGES = (0.0, *(2 ** (i / _PER_OCTAVE) for i in range(_LOWEST * _PER_OCTAVE, _HIGHEST * _PER_OCTAVE + 1)))
@@ -41,8 +42,15 @@ class FilterStats:
         checked: Tensor,
         group: Tensor,
         excluded: Tensor | None = None,
+        judged: Tensor | None = None,
+        passes: Tensor | None = None,
     ) -> None:
-        """Takes in one micro-batch: all [B]; ``group`` holds indices into `GROUPS`."""
+        """Takes in one micro-batch: all [B]; ``group`` holds indices into `GROUPS`.
+
+        Args:
+            judged: whether there was a verdict, be it by other encounters; by default where ``checked``.
+            passes: how many null passes were made for the sample; by default one where ``checked``.
+        """
         if self._window.device != norm.device:
             precise = torch.float32 if norm.device.type == "mps" else torch.float64  # Apple's devices know no more
             self._window, self._norms = self._window.to(norm.device, precise), self._norms.to(norm.device)
@@ -50,7 +58,9 @@ class FilterStats:
         excluded = torch.zeros_like(checked) if excluded is None else excluded
         bins = (timesteps.long() * self.bins // self.num_train_timesteps).clamp(0, self.bins - 1)
         cell = group * self.bins + bins  # [B]
-        fields = (torch.ones_like(checked), checked, checked & ~keep, excluded, norm * checked)
+        judged = checked if judged is None else judged
+        passes = checked if passes is None else passes
+        fields = (torch.ones_like(checked), checked, judged & ~keep, excluded, judged, passes, norm * checked)
         for field, values in enumerate(fields):
             self._window[field].view(-1).index_add_(0, cell, values.to(self._window.dtype))
         place = torch.bucketize(norm.float(), self._edges, right=True).clamp(max=len(HISTOGRAM_EDGES)) - 1
@@ -122,17 +132,21 @@ def _metrics(sums: Tensor) -> dict[str, float]:
     metrics = {}
 
     def counts(suffix: str, part: Tensor) -> None:
-        for name, count in zip(_FIELDS[:-1], part.tolist(), strict=False):
+        for name, count in zip(_COUNTS, part.tolist(), strict=False):
             metrics[f"filter/{name}{suffix}"] = int(count)
 
     def rates(suffix: str, part: Tensor) -> None:
-        _, checked, dropped, _, norm_sum = part.tolist()
+        _, checked, dropped, _, judged, _, norm_sum = part.tolist()
+        if judged:
+            metrics[f"filter/drop_rate{suffix}"] = dropped / judged
         if checked:
-            metrics[f"filter/drop_rate{suffix}"] = dropped / checked
             metrics[f"filter/norm{suffix}"] = norm_sum / checked
 
     counts("", sums.sum((1, 2)))
     rates("", sums.sum((1, 2)))
+    seen, passes = sums[_FIELDS.index("seen")].sum(), sums[_FIELDS.index("passes")].sum()
+    if passes:
+        metrics["filter/pass_share"] = (passes / seen).item()  # null passes for each sample of the stream
     for i, group in enumerate(GROUPS[1:], start=1):
         rates(f"_{group}", sums[:, i].sum(1))
     for b in range(sums.shape[2]):

@@ -5,9 +5,11 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from memfilter.functional import UNITS, keep_mask
+from memfilter.reference import Reference
 
 
 @dataclass(frozen=True)
@@ -34,3 +36,34 @@ class FixedThreshold:
 
     def __call__(self, norm: Tensor, timesteps: Tensor) -> Tensor:
         return keep_mask(norm, self.tau)
+
+
+class TimestepThreshold:
+    """Drops a sample whose norm is improbable among ordinary samples at its timestep: p <= ``false_positive_rate``.
+
+    p is the conformal p-value (1 + number of reference norms >= norm) / (1 + number of them), so that of ordinary samples,
+    exchangeable with those of the reference, at most this share is dropped. One look decides: a sample is spared at the
+    timesteps where it looks ordinary.
+
+    Args:
+        reference: norms of ordinary samples by timestep bin; what is added to it later counts from the next call on.
+        false_positive_rate: in (0, 1).
+
+    Raises:
+        ValueError: the rate is out of range, or so small that no norm could ever be dropped.
+    """
+
+    def __init__(self, reference: Reference, false_positive_rate: float = 0.02):
+        if not 0 < false_positive_rate < 1:
+            raise ValueError(f"filter.false_positive_rate must lie between 0 and 1, found {false_positive_rate}")
+        if false_positive_rate * (reference.size + 1) < 1:
+            raise ValueError(f"filter.false_positive_rate={false_positive_rate} needs a reference of at least "
+                             f"{math.ceil(1 / false_positive_rate) - 1} norms a bin, found {reference.size}")  # fmt: skip
+        self.reference, self.false_positive_rate = reference, false_positive_rate
+        self._known, self._limits = -1, torch.empty(0)
+
+    def __call__(self, norm: Tensor, timesteps: Tensor) -> Tensor:
+        if self._known != self.reference.version:
+            self._known, self._limits = self.reference.version, self.reference.limits(self.false_positive_rate)
+        self._limits = self._limits.to(norm.device, non_blocking=True)
+        return norm < self._limits[self.reference.bin(timesteps)]

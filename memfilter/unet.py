@@ -1,8 +1,9 @@
-"""A denoiser whose training forward runs twice: without gradient for the empty prompt, then as it always did."""
+"""A denoiser whose training forward runs twice: without gradient for the empty prompt, on all samples or on those that are
+worth it, then as it always did."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -20,18 +21,28 @@ class FilteredUNet(nn.Module):
         null: embedding of the empty prompt, [L, D] or [1, L, D]; or, where the model needs more, a mapping of keyword
             arguments, such as ``{"encoder_hidden_states": ..., "added_cond_kwargs": {"text_embeds": ...}}``. Entries
             of a nested mapping replace those of the call; its other entries (SDXL's ``time_ids``) stay.
-        judge: called with (cond, null, timesteps), gives (text_norm [B], keep [B]).
-        active: whether the extra pass is wanted at all; without it ``null`` is None for the judge.
+        judge: called with (cond [B, ...], null [n, ...], timesteps [B], rows), gives (text_norm [B], keep [B]).
+        select: called with B, gives the n rows that the extra pass is made for; None stands for all. Of no rows no pass is
+            made, and ``null`` is None for the judge.
+        static_shapes: the extra pass is filled up to B or the next power of two, by rows that count for nothing: what is
+            compiled for one shape is not compiled again for every n.
 
     A forward in eval mode or under no_grad is that of the denoiser, unchecked and uncounted. A training forward adds
     ``text_norm`` [B] and ``keep`` [B] to the output; with ``return_dict=False`` they stand behind the sample.
     """
 
-    def __init__(self, unet: nn.Module, null, judge: Callable, active: bool = True):
+    def __init__(
+        self,
+        unet: nn.Module,
+        null,
+        judge: Callable,
+        select: Callable[[int], Sequence[int] | None] = lambda batch_size: None,
+        static_shapes: bool = False,
+    ):
         super().__init__()
         self.unet = unet
-        self._judge = judge
-        self._active = active
+        self._judge, self._select = judge, select
+        self._static_shapes = static_shapes
         null = dict(null) if isinstance(null, Mapping) else {"encoder_hidden_states": null}
         self._null_names = _register_tree(self, null, "_null")
         self._register_state_dict_hook(_strip_prefix)
@@ -50,18 +61,30 @@ class FilteredUNet(nn.Module):
             raise TypeError("a wrapped denoiser takes everything after encoder_hidden_states by keyword")
         if not (self.training and torch.is_grad_enabled()):
             return self.unet(sample, timestep, **kwargs)
-        null_pred = self._null_pass(sample, timestep, kwargs) if self._active else None
+        rows = self._select(len(sample))
+        null_pred = None if rows is not None and not len(rows) else self._null_pass(sample, timestep, kwargs, rows)
         out = self.unet(sample, timestep, **kwargs)
         cond_pred = out[0] if isinstance(out, tuple) else out.sample
         timesteps = torch.as_tensor(timestep, device=sample.device).expand(len(sample))  # [] or [1] or [B] -> [B]
-        text_norm, keep = self._judge(cond_pred.detach(), null_pred, timesteps)
+        text_norm, keep = self._judge(cond_pred.detach(), null_pred, timesteps, rows)
         if isinstance(out, tuple):
             return (*out, text_norm, keep)
         out["text_norm"], out["keep"] = text_norm, keep
         return out
 
+    def null_prediction(self, sample: Tensor, timestep, kwargs: dict) -> Tensor:
+        """Prediction for the empty prompt, [B, ...], without gradient; ``kwargs`` as for the conditional one."""
+        return self._null_pass(sample, timestep, kwargs, None)
+
     @torch.no_grad()
-    def _null_pass(self, sample: Tensor, timestep, kwargs: dict) -> Tensor:
+    def _null_pass(self, sample: Tensor, timestep, kwargs: dict, rows: Sequence[int] | None) -> Tensor:
+        wanted = len(sample) if rows is None else len(rows)
+        if wanted < len(sample):
+            if self._static_shapes:
+                size = min(len(sample), 1 << (wanted - 1).bit_length())
+                rows = [*rows, *[rows[-1]] * (size - wanted)]
+            index = torch.tensor(rows).to(sample.device, non_blocking=True)
+            sample, timestep, kwargs = _take((sample, timestep, kwargs), index, len(sample))
         kwargs = _merge(kwargs, self._null_names, self, len(sample)) | {"return_dict": False}
         device = sample.device.type
         # autocast caches a weight's cast, and one made here would have no gradient for the pass that follows
@@ -71,7 +94,7 @@ class FilteredUNet(nn.Module):
             dtype=torch.get_autocast_dtype(device),
             cache_enabled=False,
         ):
-            return self.unet(sample, timestep, **kwargs)[0]
+            return self.unet(sample, timestep, **kwargs)[0][:wanted]
 
 
 def _register_tree(module: nn.Module, tree: Mapping, name: str) -> dict:
@@ -84,6 +107,15 @@ def _register_tree(module: nn.Module, tree: Mapping, name: str) -> dict:
             names[key] = f"{name}_{key}"
             module.register_buffer(names[key], value.detach().clone(), persistent=False)
     return names
+
+
+def _take(tree, index: Tensor, batch_size: int):
+    """The rows of every tensor in a tree that has one for each sample; all else as it is."""
+    if isinstance(tree, Tensor):
+        return tree[index] if tree.ndim and len(tree) == batch_size else tree
+    if isinstance(tree, Mapping):
+        return {key: _take(value, index, batch_size) for key, value in tree.items()}
+    return tuple(_take(part, index, batch_size) for part in tree) if isinstance(tree, list | tuple) else tree
 
 
 def _merge(call: Mapping, names: Mapping, module: nn.Module, batch_size: int) -> dict:

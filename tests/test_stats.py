@@ -46,6 +46,8 @@ def recount(rows: list[tuple], bins: int = 10, num_train_timesteps: int = 1000) 
         put(where, inside)
         for group in (1, 2):
             put(f"{GROUP_SUFFIX[group]}{where}", [row for row in inside if row[4] == group])
+    if expected["filter/checked"]:
+        expected["filter/pass_share"] = expected["filter/checked"] / len(rows)
     return expected
 
 

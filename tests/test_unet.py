@@ -38,7 +38,7 @@ def judge():
 @pytest.mark.parametrize("return_dict", [True, False])
 def test_forward_outside_training_is_that_of_the_bare_unet(tiny_unet, tiny_batch, judge, mode, active, return_dict):
     bare, (x, t, e, _) = tiny_unet(), tiny_batch()
-    wrapped = FilteredUNet(copy.deepcopy(bare), NULL, judge, active)
+    wrapped = FilteredUNet(copy.deepcopy(bare), NULL, judge, (lambda size: None) if active else (lambda size: []))
     for unet in (bare, wrapped):
         unet.train(mode != "eval")
     with torch.set_grad_enabled(mode != "no_grad"):
@@ -54,7 +54,7 @@ def test_inactive_training_forward_runs_the_bare_unet_once_and_judges_without_nu
     tiny_unet, tiny_batch, judge, return_dict
 ):
     bare, (x, t, e, _) = tiny_unet(), tiny_batch()
-    wrapped, seen = FilteredUNet(copy.deepcopy(bare), NULL, judge, active=False), []
+    wrapped, seen = FilteredUNet(copy.deepcopy(bare), NULL, judge, lambda size: []), []
     wrapped.unet.register_forward_hook(lambda m, args, out: seen.append(len(args[0])))
     out, expected = wrapped(x, t, e, return_dict=return_dict), bare(x, t, e).sample
     assert seen == [4] and torch.equal(out[0], expected)

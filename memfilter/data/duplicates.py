@@ -75,6 +75,17 @@ class HashLikeness:
         return faiss.IndexBinaryFlat(8 * HASH_BYTES)
 
 
+def near_pairs(hashes: np.ndarray, max_bits: int, chunk: int = 4096) -> np.ndarray:
+    """Rows whose perceptual hashes differ in at most so many bits: uint8 [N, 8] -> int [n, 2], the smaller first."""
+    index, pairs = HashLikeness._new_index(), [np.empty((0, 2), int)]
+    index.add(hashes)
+    for start in range(0, len(hashes), chunk):
+        limits, _, found = index.range_search(hashes[start : start + chunk], max_bits + 1)  # which looks for less than that
+        rows = np.repeat(np.arange(start, start + len(limits) - 1), np.diff(limits.astype(int)))
+        pairs.append(np.stack([rows, found], 1)[rows < found])
+    return np.concatenate(pairs)
+
+
 class EmbeddingLikeness:
     """Near is whose embeddings have a high cosine.
 

@@ -31,10 +31,12 @@ class Experiment:
     duplicate: np.ndarray | None  # bool [N]; None where nothing is known
     repeats: np.ndarray  # int [N]
     contents: str = ""  # a manifest's fingerprint of pictures and captions
+    groups: Sequence[str] | None = None  # of samples whose contents are near duplicates; None where nothing is known
 
     @classmethod
     def read(cls, path: str | os.PathLike) -> Experiment:
-        """From a Parquet file with the columns key, role (distinct or duplicate) and repeats: an index or a manifest.
+        """From a Parquet file with the columns key, role (distinct or duplicate) and repeats, and perhaps group: an index
+        or a manifest.
 
         Raises:
             ValueError: a column is missing, a role is unknown, or a sample repeats less than once.
@@ -42,6 +44,7 @@ class Experiment:
         columns, schema = ["key", "role", "repeats"], pq.read_schema(path)
         if missing := set(columns) - set(schema.names):
             raise ValueError(f"index {path} lacks the columns {', '.join(sorted(missing))}")
+        columns += ["group"] * ("group" in schema.names)
         table = pq.read_table(path, columns=columns, partitioning=None)
         roles, repeats = np.array(table["role"].to_pylist()), table["repeats"].to_numpy()
         if unknown := set(roles) - set(ROLES):
@@ -52,7 +55,8 @@ class Experiment:
             contents = str(json.loads(schema.metadata[HEADER])["data"])
         except (KeyError, TypeError, ValueError, RecursionError):  # no manifest; opening it refuses a broken one
             contents = ""
-        return cls(table["key"].to_pylist(), roles == "duplicate", repeats, contents)
+        groups = table["group"].to_pylist() if "group" in columns else None
+        return cls(table["key"].to_pylist(), roles == "duplicate", repeats, contents, groups)
 
     @classmethod
     def of_shards(cls, shards: Shards) -> Experiment:

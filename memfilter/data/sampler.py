@@ -108,7 +108,7 @@ class View:
 class SampleDataset(Dataset):
     """Position in the stream -> what is known of the sample there, as a dict:
 
-    position; key; duplicate (None: unknown); repeats (whether it comes again); caption; view (a name for the pixels:
+    position; key; shared_key (under which evidence is collected); duplicate (None: unknown); repeats (whether it comes again); caption; view (a name for the pixels:
     same view, same pixels); pixels [3, H, W] in [-1, 1], None where ``remembered`` has the view; original_size (height,
     width) and crop_top_left, as SDXL is conditioned on them; bad (why the sample could not be read, else None: its
     pixels are then 0 and its caption empty).
@@ -116,6 +116,7 @@ class SampleDataset(Dataset):
     Args:
         budget: positions that will be asked for; beyond the first epoch every sample comes again.
         remembered: views whose pixels nobody needs any more. A worker process does not see it grow, and decodes.
+        shared_by: what shares evidence: sample, caption or content, the experiment's groups.
     """
 
     shards: Shards
@@ -124,6 +125,26 @@ class SampleDataset(Dataset):
     view: View
     budget: int = 0
     remembered: Container[tuple] = frozenset()
+    shared_by: str = "sample"
+
+    def shared_key(self, row: int) -> str:
+        """Of a row of the experiment."""
+        if self.shared_by == "content":
+            return str(self.experiment.groups[row])
+        key = self.experiment.keys[row]
+        if self.shared_by == "sample":
+            return key
+        try:
+            return self.shards.caption(key)
+        except ShardError:  # the sample is left out in any case
+            return key
+
+    def facts(self, positions: list[int]) -> dict[str, list]:
+        """position, key and duplicate of samples that need not be read."""
+        rows = [self.stream.row(position) for position in positions]
+        known = self.experiment.duplicate
+        duplicate = [None if known is None else bool(known[row]) for row in rows]
+        return {"position": list(positions), "key": [self.experiment.keys[row] for row in rows], "duplicate": duplicate}
 
     def __getitem__(self, position: int) -> dict:
         row = self.stream.row(position)
@@ -133,6 +154,7 @@ class SampleDataset(Dataset):
         sample = {
             "position": position,
             "key": key,
+            "shared_key": self.shared_key(row),
             "duplicate": None if self.experiment.duplicate is None else bool(self.experiment.duplicate[row]),
             "repeats": bool(self.experiment.repeats[row] > 1) or self.budget > len(self.stream.rows),
             "view": (key, place, flip),

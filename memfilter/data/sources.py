@@ -65,6 +65,10 @@ def make_dataset(
     """
     view = View(resolution, config.data.random_crop, config.data.random_flip)
     if config.data.streaming:
-        return StreamingDataset(source, view, config.train, rank, processes, remembered=remembered)
+        return StreamingDataset(
+            source, view, config.train, rank, processes, remembered=remembered, shared_by=config.filter.key
+        )
     stream = SampleStream(experiment.virtual(), config.train.seed, config.data.order == "spread")
-    return SampleDataset(source, experiment, stream, view, config.train.samples, remembered)
+    if config.filter.key == "content" and experiment.groups is None:
+        raise ConfigError("filter.key=content needs a column group in the index: make one with `memfilter prepare groups`")
+    return SampleDataset(source, experiment, stream, view, config.train.samples, remembered, config.filter.key)

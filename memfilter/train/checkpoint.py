@@ -19,7 +19,7 @@ from memfilter.files import is_full
 
 log = logging.getLogger(__name__)
 
-_STATE, _WEIGHTS, _AVERAGE = "state.json", "model.safetensors", "ema.safetensors"
+_STATE, _WEIGHTS, _AVERAGE, _EVIDENCE = "state.json", "model.safetensors", "ema.safetensors", "evidence.safetensors"
 # what may be another when a run goes on: where things are and how work is split, not what is learnt
 _FREE = {"data.path", "data.index", "data.shuffle_buffer", "data.cache_gb", "data.workers", "train.samples",
          "train.batch_size", "train.accumulation", "train.gradient_checkpointing", "train.compile",
@@ -31,8 +31,8 @@ class CheckpointError(RuntimeError):
 
 
 class Checkpoints:
-    """``checkpoints/<samples seen>/`` of a run: ``state.json`` with the counters, the average as ``ema.safetensors``, and
-    what accelerate saves: trained weights (``model.safetensors``), optimizer, fp16's loss scale; under DeepSpeed and FSDP
+    """``checkpoints/<samples seen>/`` of a run: ``state.json`` with the counters, the average as ``ema.safetensors``, the
+    filter's table of keys as ``evidence.safetensors``, and what accelerate saves: trained weights (``model.safetensors``), optimizer, fp16's loss scale; under DeepSpeed and FSDP
     in their formats. Pickled files, accelerate's and DeepSpeed's, are read from here only.
 
     Each is written beside its place and renamed when all ranks are done.
@@ -61,7 +61,9 @@ class Checkpoints:
                 self._trained[name].copy_(tensor)
         models.clear()
 
-    def save(self, samples: int, state: dict, average: list[torch.Tensor] | None) -> Path:
+    def save(
+        self, samples: int, state: dict, average: list[torch.Tensor] | None, evidence: dict[str, torch.Tensor] | None = None
+    ) -> Path:
         """Every rank calls.
 
         Raises:
@@ -79,6 +81,8 @@ class Checkpoints:
             accelerator.save_state(str(partial), **({"exclude_frozen_parameters": True} if self._deepspeed else {}))
             if average is not None and accelerator.is_main_process:
                 save_file({str(i): tensor.contiguous() for i, tensor in enumerate(average)}, partial / _AVERAGE)
+            if evidence is not None and accelerator.is_main_process:
+                save_file({name: tensor.contiguous() for name, tensor in evidence.items()}, partial / _EVIDENCE)
             accelerator.wait_for_everyone()
             if accelerator.is_main_process:
                 sizes = {str(f.relative_to(partial)): f.stat().st_size for f in sorted(partial.rglob("*")) if f.is_file()}
@@ -117,8 +121,8 @@ class Checkpoints:
             log.warning("passed over %s: it is not whole", found)
         return None
 
-    def load(self, path: Path, state: dict) -> list[torch.Tensor] | None:
-        """Weights, optimizer and loss scale; returns the average that was saved. Every rank calls.
+    def load(self, path: Path, state: dict) -> tuple[list[torch.Tensor] | None, dict[str, torch.Tensor] | None]:
+        """Weights, optimizer and loss scale; returns the average and the table of keys that were saved. Every rank calls.
 
         Raises:
             CheckpointError: it is of another kind of run.
@@ -133,10 +137,10 @@ class Checkpoints:
             )
         accelerator.load_state(str(path), **({"load_module_strict": False} if self._deepspeed else {}))
         accelerator.step = 0  # of micro-batches; checkpoints lie between optimizer steps
-        if not (path / _AVERAGE).exists():
-            return None
-        tensors = load_file(path / _AVERAGE)  # safetensors knows no "cpu:0"
-        return [tensors[str(i)].to(accelerator.device) for i in range(len(tensors))]
+        average, evidence = (load_file(path / name) if (path / name).exists() else None for name in (_AVERAGE, _EVIDENCE))
+        if average is not None:  # safetensors knows no "cpu:0"
+            average = [average[str(i)].to(accelerator.device) for i in range(len(average))]
+        return average, evidence
 
 
 def _full(directory: Path) -> OSError | None:

@@ -8,8 +8,9 @@ from pathlib import Path
 
 import torch
 
+from memfilter.calibration import Calibration, CalibrationError
 from memfilter.config import Config, ConfigError
-from memfilter.pipelines import ModelError
+from memfilter.pipelines import ModelError, model_dir
 from memfilter.preflight import UnsuitableModel, validate
 
 log = logging.getLogger(__name__)
@@ -45,9 +46,41 @@ def resolution_of(config: Config, pipeline) -> int:
     return resolution
 
 
+def require_calibration(config: Config, noise_scheduler, resolution: int) -> Calibration | None:
+    """The calibration of a method that needs one.
+
+    Raises:
+        ConfigError: there is none, or it was made with something else.
+    """
+    rule = config.filter
+    if rule.method not in ("timestep", "evidence"):
+        return None
+    beside = model_dir(config.model.path) / "calibration.json"
+    if rule.calibration is None and not beside.is_file():
+        raise ConfigError(f"filter.method={rule.method} needs filter.calibration: make one with "
+                          f"`memfilter calibrate --model.path={config.model.path} ...`")  # fmt: skip
+    try:
+        calibration = Calibration.load(rule.calibration or beside)
+        calibration.require(**facts_of_calibration(config, noise_scheduler, resolution))
+    except CalibrationError as error:
+        raise ConfigError(str(error)) from error
+    return calibration
+
+
+def facts_of_calibration(config: Config, noise_scheduler, resolution: int) -> dict[str, str | int]:
+    """What a calibration must have in common with a run: on what the signals depend beside the weights."""
+    kind = noise_scheduler.config
+    return {
+        "prediction_type": kind.prediction_type,
+        "num_train_timesteps": kind.num_train_timesteps,
+        "resolution": resolution,
+        "unit": config.filter.unit,
+    }
+
+
 def require_suitable(config: Config, pipeline, noise_scheduler, resolution: int) -> None:
     """Raises ModelError with every reason why the norm would mean nothing, and logs what else is worth knowing."""
-    if config.filter.tau is None:
+    if not config.filter.makes_passes:
         return
     side = resolution // pipeline.vae_scale_factor
     try:
@@ -56,7 +89,7 @@ def require_suitable(config: Config, pipeline, noise_scheduler, resolution: int)
             scheduler=noise_scheduler,
             text_encoders=(pipeline.text_encoder, getattr(pipeline, "text_encoder_2", None)),
             latent_shape=(pipeline.vae.config.latent_channels, side, side),
-            tau=config.filter.tau,
+            tau=config.filter.tau if config.filter.method == "tau" else None,
             unit=config.filter.unit,
         )
     except UnsuitableModel as error:

@@ -19,13 +19,16 @@ from tqdm import tqdm
 
 from memfilter.config import Config, ConfigError, check, make_filter
 from memfilter.data.cache import Cache, fingerprint
+from memfilter.data import sampler
 from memfilter.data.encode import Encoder
+from memfilter.data.feed import Feed
 from memfilter.data.sampler import collate
 from memfilter.data.sources import make_dataset, open_data
 from memfilter.files import atomic, is_full
+from memfilter.filter import EmptySteps
 from memfilter.pipelines import ModelError
 from memfilter.train.checkpoint import CheckpointError, Checkpoints, require_same
-from memfilter.train.checks import require_place, require_suitable, resolution_of
+from memfilter.train.checks import require_calibration, require_place, require_suitable, resolution_of
 from memfilter.train.engine import Engine, make_accelerator
 from memfilter.train.export import export_lora, export_pipeline
 from memfilter.train.gallery import write_gallery
@@ -83,10 +86,19 @@ class Trainer:
         memory = int(config.data.cache_gb * 2**30)
         encoder = Encoder(pipeline, self.accelerator.device, memory=memory, rows=config.train.batch_size, cache=cache)
         noise_scheduler = DDPMScheduler.from_config(pipeline.scheduler.config)
-        self.mem_filter = make_filter(config.filter)
+        calibration = require_calibration(config, noise_scheduler, resolution)
+        try:
+            self.mem_filter = make_filter(config.filter, calibration)
+        except ValueError as error:
+            raise ConfigError(str(error)) from error
         require_suitable(config, pipeline, noise_scheduler, resolution)
         try:
-            wrapped = self.mem_filter.wrap(pipeline.unet.train(), null=encoder.null, scheduler=noise_scheduler)
+            wrapped = self.mem_filter.wrap(
+                pipeline.unet.train(),
+                null=encoder.null,
+                scheduler=noise_scheduler,
+                static_shapes=config.train.compile is not None,
+            )
         except ValueError as error:
             raise ModelError(f"model.path: {error}") from error
         names = [name for name, p in pipeline.unet.named_parameters() if p.requires_grad]
@@ -116,10 +128,13 @@ class Trainer:
         self.seen, self.skipped_steps, self.seconds, self.wandb_id = 0, 0, 0.0, None
         self.window = [0.0, 0.0]  # loss and its weight since the last report, of all processes
         self._losses: list[tuple[torch.Tensor, torch.Tensor]] = []  # the same, of this process, not yet in the window
+        self._drawn: list[dict] = []  # batches that the checkpoint's run had drawn and not trained on
         self.checkpoints = Checkpoints(self.run_dir, config.checkpoint.keep, self.accelerator, self.trained)
         if config.checkpoint.resume and (found := self.checkpoints.newest()):
             self._resume(*found)
-        if (config.train.samples - self.seen) % self.step_samples:
+        self.feed = None if config.data.streaming else self._feed()
+        passing_over = self.feed is not None and self.feed.replaces
+        if not passing_over and (config.train.samples - self.seen) % self.step_samples:
             raise ConfigError(f"train.samples: {config.train.samples - self.seen} samples are left, which must be a multiple "
                               f"of batch_size x accumulation x processes = {self.step_samples}: the last step would "
                               "weigh its samples otherwise than the rest")  # fmt: skip
@@ -176,10 +191,11 @@ class Trainer:
         """From the first batch that is left to the last."""
         config, engine, began_with = self.config, self.engine, self.seconds
         started = self.reported = time.perf_counter()
-        self.reported_at = self.seen
+        self.reported_at = stepped_at = self.seen
         with closing(self.batches()) as batches:
             for batch in batches:
                 before = self.seen
+                drawn = self.feed.taken() if self.feed else None
                 self.bad_samples.add(batch)
 
                 # gradients
@@ -190,11 +206,13 @@ class Trainer:
                     self._note(batch, loss)
 
                 # step
+                if drawn and drawn.passed_over:
+                    self._pass_over(drawn.passed_over)
                 if self.accelerator.sync_gradients:
                     self._step()
 
                 # report
-                bar.update(self.forward_samples)
+                bar.update(self.seen - before)
                 if _crosses(config.log.every, before, self.seen) or self.seen == config.train.samples:
                     bar.set_postfix_str(_summary_line(self._report()))
                 if config.log.validation_every and _crosses(config.log.validation_every, before, self.seen):
@@ -207,12 +225,20 @@ class Trainer:
                 self.seconds = began_with + time.perf_counter() - started
                 if self.accelerator.sync_gradients:
                     asked, every = interruption.agreed(), config.checkpoint.every
-                    if asked or (every and _crosses(every, self.seen - self.step_samples, self.seen)):
+                    if asked or (every and _crosses(every, stepped_at, self.seen)):
                         with self._untimed():
                             saved = self._checkpoint()
                     if asked:
                         raise Interrupted(f"{asked} after {self.seen} samples: go on from {saved} with "
                                           "--checkpoint.resume=true")  # fmt: skip
+                    stepped_at = self.seen
+        if self.seen < config.train.samples:  # what was left did not fill a step
+            if self.feed.out_of_patience:
+                raise EmptySteps(f"{len(self.feed.rest)} samples in a row are of keys that are left out, after {self.seen}: "
+                                 "everything is flagged; look at audit.parquet, or lower the filter's rates")  # fmt: skip
+            self._pass_over(self.feed.rest)
+            self.seen = config.train.samples
+            self._report()
 
     def _of_full_disk(self, error: Exception) -> CheckpointError:
         found = self.checkpoints.newest() if self.main else None
@@ -231,14 +257,47 @@ class Trainer:
     def loader(self) -> DataLoader:
         """This process's batches in the order of the stream: neighbours go to neighbours, so that a step sees the same
         samples however it is split."""
-        size, rank = self.config.train.batch_size, self.accelerator.process_index
         if self.config.data.streaming:
-            self.dataset.first, split = self.seen, {"batch_size": size}
+            self.dataset.first, split = self.seen, {"batch_size": self.config.train.batch_size}
         else:
-            starts = range(self.seen, self.config.train.samples, self.forward_samples)
-            split = {"batch_sampler": [range(start + rank * size, start + (rank + 1) * size) for start in starts]}
+            split = {"batch_sampler": self.feed}
         workers = {"num_workers": self.config.data.workers, "worker_init_fn": leave_to_parent}
         return DataLoader(self.dataset, collate_fn=collate, **split, **workers)
+
+    def _feed(self) -> Feed:
+        """The samples that are left; those that the filter has no use for are passed over."""
+        config, dataset, evidence = self.config, self.dataset, self.mem_filter.evidence
+        passes_over = None
+        if config.filter.method == "oracle":
+            if dataset.experiment.duplicate is None:
+                raise ConfigError("filter.method=oracle needs an index that tells the duplicates")
+            passes_over = lambda positions: dataset.experiment.duplicate[[dataset.stream.row(p) for p in positions]]  # noqa: E731
+        elif evidence is not None:
+            passes_over = lambda positions: evidence.passes_over(  # noqa: E731
+                evidence.slots([dataset.shared_key(dataset.stream.row(p)) for p in positions])
+            ).numpy()
+        return Feed(
+            self.seen,
+            config.train.samples,
+            self.forward_samples,
+            config.train.accumulation,
+            self.accelerator.process_index,
+            self.accelerator.num_processes,
+            passes_over,
+            config.filter.max_empty_steps * self.step_samples,
+            self._drawn,
+        )
+
+    def _pass_over(self, positions: list[int]) -> None:
+        """Counts samples in whose place others were taken."""
+        self.seen += len(positions)
+        num_train_timesteps = self.objective.noise_scheduler.config.num_train_timesteps
+        timesteps = [sampler.timestep(self.config.train.seed, p, num_train_timesteps) for p in positions]
+        facts = self.dataset.facts(positions)
+        known = None not in facts["duplicate"]
+        self.mem_filter.passed_over(torch.tensor(timesteps, dtype=torch.long), facts["duplicate"] if known else None)
+        if self.main:
+            self.audit.add_passed_over(facts, timesteps)
 
     @contextmanager
     def averaged(self):
@@ -319,15 +378,24 @@ class Trainer:
             "seconds": self.seconds,
             "wandb_id": self.wandb_id,
             "data": self.data,
+            "drawn": self.feed.state() if self.feed else [],
             "config": asdict(self.config),
         }
         if self.main:
             self.audit.cut(self.seen)
-        return self.checkpoints.save(self.seen, state, self.ema.shadow_params if self.ema else None)
+        average = self.ema.shadow_params if self.ema else None
+        evidence = self.mem_filter.evidence
+        return self.checkpoints.save(self.seen, state, average, evidence and evidence.state_dict())
 
     def _resume(self, path: Path, state: dict) -> None:
         require_same(path, state, self.config, self.data)
-        average = self.checkpoints.load(path, state)
+        average, evidence = self.checkpoints.load(path, state)
+        if evidence:
+            self.mem_filter.evidence.load_state_dict(evidence)
+        split = [self.config.train.batch_size, self.config.train.accumulation, self.accelerator.num_processes]
+        before = [state["config"]["train"][name] for name in ("batch_size", "accumulation")] + [state["processes"]]
+        if split == before:  # else what was drawn ahead is drawn again
+            self._drawn = state["drawn"]
         if self.ema:
             self.ema.shadow_params, self.ema.optimization_step = average, state["ema_steps"]
         self.mem_filter.load_state_dict(state["filter"], self.accelerator)

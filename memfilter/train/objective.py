@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -10,6 +12,17 @@ from memfilter.data import sampler
 from memfilter.data.encode import Encoder
 from memfilter.filter import MemFilter
 from memfilter.functional import min_snr_weight
+
+
+class Inputs(NamedTuple):
+    """Of one forward of B samples."""
+
+    noisy_latents: Tensor  # [B, C, h, w]
+    timesteps: Tensor  # [B]
+    known_timesteps: Tensor  # the same on the host
+    captions: list[str]  # empty where dropped
+    conditions: dict  # keyword arguments of the denoiser
+    target: Tensor  # [B, C, h, w]
 
 
 class Objective:
@@ -47,6 +60,24 @@ class Objective:
 
     def __call__(self, batch: dict) -> Tensor:
         """Loss of a batch of `SampleDataset`, a scalar."""
+        inputs = self.inputs(batch)
+
+        # both passes, masked loss
+        known = None not in batch["duplicate"]
+        self.mem_filter.batch(
+            keys=batch["key"],
+            duplicate=batch["duplicate"] if known else None,
+            caption_dropped=[not caption for caption in inputs.captions],
+            excluded=[bad is not None for bad in batch["bad"]],
+            shared_keys=batch["shared_key"],
+            timesteps=inputs.known_timesteps,
+        )
+        out = self.unet(inputs.noisy_latents, inputs.timesteps, **inputs.conditions)
+        weight = None if self.weights is None else self.weights[inputs.timesteps]
+        return self.mem_filter.loss(out.sample, inputs.target, weight)
+
+    def inputs(self, batch: dict) -> Inputs:
+        """What the denoiser is given for a batch, and what it should predict."""
         positions, seed, repeats = batch["position"], self.seed, batch["repeats"]
 
         # noisy latents; these copies to the device are asynchronous, or each would wait for all that is queued there
@@ -55,27 +86,17 @@ class Objective:
         latents, time_ids = self.encoder.pictures(batch, draw, remember)
         noise = torch.stack([self.noise(p) for p in positions]).to(latents, non_blocking=True)
         num_train_timesteps = self.noise_scheduler.config.num_train_timesteps
-        timesteps = torch.tensor([sampler.timestep(seed, p, num_train_timesteps) for p in positions])
-        timesteps = timesteps.to(latents.device, non_blocking=True)
+        known_timesteps = torch.tensor([sampler.timestep(seed, p, num_train_timesteps) for p in positions])
+        timesteps = known_timesteps.to(latents.device, non_blocking=True)
         noisy_latents = self.noise_scheduler.add_noise(latents, noise, timesteps)
 
         # prompts
         dropped = [sampler.caption_dropped(seed, p, self.caption_dropout) for p in positions]
         captions = ["" if d else caption for d, caption in zip(dropped, batch["caption"], strict=True)]
         conditions = self.encoder.prompts(captions, repeats, time_ids)
-
-        # both passes, masked loss
-        known = None not in batch["duplicate"]
-        self.mem_filter.batch(
-            keys=batch["key"],
-            duplicate=batch["duplicate"] if known else None,
-            caption_dropped=[not caption for caption in captions],
-            excluded=[bad is not None for bad in batch["bad"]],
-        )
         conditions["encoder_hidden_states"] = conditions["encoder_hidden_states"].to(self.input_dtype)
-        out = self.unet(noisy_latents.to(self.input_dtype), timesteps, **conditions)
-        weight = None if self.weights is None else self.weights[timesteps]
-        return self.mem_filter.loss(out.sample, self.target(latents, noise, timesteps), weight)
+        target = self.target(latents, noise, timesteps)
+        return Inputs(noisy_latents.to(self.input_dtype), timesteps, known_timesteps, captions, conditions, target)
 
     def noise(self, position: int) -> Tensor:
         """fp32 [C, h, w]"""

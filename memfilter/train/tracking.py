@@ -19,6 +19,7 @@ from memfilter.config import ConfigError, LogConfig
 from memfilter.data.shards import ShardError
 from memfilter.files import atomic
 from memfilter.filter import Verdict
+from memfilter.reference import SIGNALS
 from memfilter.stats import HISTOGRAM_EDGES
 
 log = logging.getLogger(__name__)
@@ -31,6 +32,13 @@ AUDIT_SCHEMA = pa.schema(
         "timestep": pa.int32(),
         "text_norm": pa.float32(),
         "keep": pa.bool_(),
+        # null without evidence, and where not measured
+        "p_value": pa.float32(),  # of the norm, among those of ordinary samples
+        "evidence": pa.float32(),  # of the sample's key, after this encounter
+        "loss": pa.float32(),
+        "cosine": pa.float32(),
+        "gain": pa.float32(),
+        "skipped": pa.string(),  # why there was no check; null: there was one
     }
 )
 
@@ -56,7 +64,7 @@ def keep_lines(path: Path, wanted: Callable[[dict], bool], writes: bool = True) 
 
 
 class Audit:
-    """One row for every checked sample. Tensors stay on their device until `take`.
+    """One row for every checked sample, or, with evidence, for every sample of the stream, passed over or not. Tensors stay on their device until `take`.
 
     Every rank adds and takes; one of them writes, and makes the file when all is there. Until then rows are in
     ``audit/``, in parts that end at checkpoints: a run that goes on from a checkpoint keeps the parts that began before.
@@ -71,6 +79,7 @@ class Audit:
         self._writer: pq.ParquetWriter | None = None
         self._part = self._parts / f"{start:012d}.parquet"
         self._pending: list[tuple[dict, Verdict]] = []
+        self._passed_over: list[pa.Table] = []
         if writes:
             self._parts.mkdir(exist_ok=True)
             for part in (*self._parts.glob(".*.partial"), *self._parts.glob("*.parquet")):
@@ -81,18 +90,34 @@ class Audit:
         facts = {name: batch[name] for name in ("position", "key", "duplicate")}
         self._pending.append((facts, verdict))
 
+    def add_passed_over(self, facts: dict[str, list], timesteps: list[int]) -> None:
+        """Samples in whose place others were taken, see `SampleDataset.facts`."""
+        count = len(timesteps)
+        constant = {"keep": [False] * count, "skipped": ["flagged"] * count}
+        self._passed_over.append(_table(facts | constant | {"timestep": timesteps}))
+
     def take(self) -> pa.Table:
         """The rows that were added since the last call."""
-        if not self._pending:
-            return AUDIT_SCHEMA.empty_table()
-        facts, verdicts = zip(*self._pending, strict=True)
-        checked = torch.cat([v.checked for v in verdicts]).cpu().numpy()
-        columns = {name: [value for fact in facts for value in fact[name]] for name in facts[0]}
-        columns["timestep"] = torch.cat([v.timesteps for v in verdicts]).int().cpu().numpy()
-        columns["text_norm"] = torch.cat([v.text_norm for v in verdicts]).float().cpu().numpy()
-        columns["keep"] = torch.cat([v.keep for v in verdicts]).cpu().numpy()
+        tables, self._passed_over = self._passed_over, []
+        for facts, verdict in self._pending:
+            columns = facts | {
+                "timestep": verdict.timesteps.int().cpu().numpy(),
+                "text_norm": verdict.text_norm.float().cpu().numpy(),
+                "keep": verdict.keep.cpu().numpy(),
+                "skipped": verdict.skipped,
+            }
+            checked = verdict.checked.cpu().numpy()
+            if verdict.signals is None:
+                tables.append(_table(columns).filter(pa.array(checked)))
+                continue
+            found = dict(zip(SIGNALS, verdict.signals.numpy().T, strict=True)) | {
+                "p_value": verdict.p_value.numpy(),
+                "evidence": verdict.evidence.numpy(),
+            }
+            columns |= {"text_norm": found.pop("norm")} | found
+            tables.append(_table(columns))
         self._pending.clear()
-        return pa.table(columns, schema=AUDIT_SCHEMA).filter(pa.array(checked))
+        return pa.concat_tables(tables) if tables else AUDIT_SCHEMA.empty_table()
 
     def write(self, tables: list[pa.Table]) -> None:
         """Takes in what the ranks have taken."""
@@ -122,6 +147,16 @@ class Audit:
     def discard_parts(self) -> None:
         """For when nothing is left that could go wrong."""
         shutil.rmtree(self._parts, ignore_errors=True)
+
+
+def _table(columns: dict) -> pa.Table:
+    """Of some columns of the audit; the others are null, and so is NaN."""
+    count = len(columns["position"])
+    arrays = []
+    for field in AUDIT_SCHEMA:
+        values = columns.get(field.name)
+        arrays.append(pa.nulls(count, field.type) if values is None else pa.array(values, field.type, from_pandas=True))
+    return pa.table(arrays, schema=AUDIT_SCHEMA)
 
 
 def _partial(path: Path) -> Path:

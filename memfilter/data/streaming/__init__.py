@@ -52,6 +52,7 @@ class StreamingDataset(IterableDataset):
         rank, processes: which part of the stream is read here.
         first: position to begin at. With another the stream comes in another order.
         remembered: as for `SampleDataset`.
+        shared_by: what shares evidence, sample or caption.
     """
 
     shards: Stream
@@ -61,6 +62,7 @@ class StreamingDataset(IterableDataset):
     processes: int = 1
     first: int = 0
     remembered: Container[tuple] = frozenset()
+    shared_by: str = "sample"
 
     def __iter__(self) -> Iterator[dict]:
         info, size = get_worker_info(), self.train.batch_size
@@ -88,7 +90,9 @@ class StreamingDataset(IterableDataset):
         place = crop_place(seed, position) if view.random_crop else None
         flip = view.random_flip and flipped(seed, position)
         name = (blake2b(found.picture, digest_size=16).hexdigest(), place, flip)
-        sample = {"position": position, "key": found.key, "duplicate": None, "repeats": again, "view": name}
+        shared_key = found.caption if self.shared_by == "caption" and found.bad is None else found.key
+        sample = {"position": position, "key": found.key, "shared_key": shared_key, "duplicate": None, "repeats": again,
+                  "view": name}  # fmt: skip
         try:
             if found.bad is not None:
                 raise ShardError(found.bad)
