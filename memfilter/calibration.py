@@ -69,12 +69,14 @@ class Calibration:
     def _for_reference(self) -> int:
         return max(1, len(self.timesteps) // 3)
 
-    def reference(self, size: int = 128) -> Reference:
+    def reference(self, size: int = 64) -> Reference:
         """Of the first third of the keys."""
         reference = Reference(size, num_train_timesteps=int(self.about["num_train_timesteps"]))
-        # look by look: no bin shall be filled by the last keys alone
         part = slice(0, self._for_reference)
-        reference.add(self.timesteps[part].T.flatten(), self.signals[part].transpose(0, 1).flatten(0, 1))
+        # look by look: no bin shall be filled by the last keys alone, and what is recent come from many keys; twice, for the
+        # first are scored when there is nothing yet to be scored by
+        for _ in range(2):
+            reference.add(self.timesteps[part].T.flatten(), self.signals[part].transpose(0, 1).flatten(0, 1))
         return reference
 
     def rho(self, below: float = 1.0) -> Tensor:
@@ -86,8 +88,7 @@ class Calibration:
         """
         part, reference = slice(0, self._for_reference), self.reference(500)
         timesteps, signals = self.timesteps[part], self.signals[part]
-        p = reference.p_values(timesteps.flatten(), signals.flatten(0, 1), middle=True)
-        z = -torch.special.ndtri(p).view(signals.shape)  # [K, T, S]
+        z = reference.scores(timesteps.flatten(), signals.flatten(0, 1)).view(signals.shape)  # [K, T, S]
         counts = (timesteps < below * reference.num_train_timesteps)[..., None]
         n = counts.sum(1).clamp(min=2).float()  # [K, 1]
         mean = torch.where(counts, z, 0).sum(1) / n
@@ -96,8 +97,7 @@ class Calibration:
         return (between / (between + within)).clamp(0.01, 0.99).float()
 
     def largest_evidence(self, evidence, looks: int | None = None) -> Tensor:
-        """The largest evidence that each key outside the reference reaches in so many looks, [keys]: the rule itself is
-        applied to them, with a table of its own.
+        """The largest evidence that each key outside the reference reaches in so many looks, [keys].
 
         Raises:
             ValueError: the calibration has fewer looks.
@@ -106,10 +106,4 @@ class Calibration:
         if not 1 <= looks <= self.timesteps.shape[1]:
             raise ValueError(f"filter.calibration holds {self.timesteps.shape[1]} looks at every key, found {looks} asked for")
         part = slice(self._for_reference, None)
-        timesteps, signals = self.timesteps[part], self.signals[part]
-        blank = evidence.blank(len(timesteps))
-        largest = torch.full((len(timesteps),), -math.inf)
-        for look in range(looks):
-            _, found = blank.take(torch.arange(len(timesteps)), timesteps[:, look], signals[:, look])
-            largest = torch.maximum(largest, found)
-        return largest
+        return evidence.largest(self.timesteps[part, :looks], self.signals[part, :looks])

@@ -108,8 +108,9 @@ class FilterConfig:
         below: share of the timesteps, from the lowest noise on, at which a look counts.
         replace: whether a flagged sample is passed over and the next of the stream taken in its place; else it is masked.
         window: samples of the stream after which every sample is looked at once more, whatever the verdict, for the
-            reference and for the way back.
-        reference_share: of the samples, which pay for the reference with a null pass once in a window.
+            reference and for the way back; by default a tenth of train.samples.
+        reference_share: of the samples, which pay for the reference with a null pass once in a window; all do where the
+            null pass is made for all.
         reference_size: values of the reference for each signal and bin of timesteps.
         table_size: places in the table of samples, of about 30 bytes; samples whose hashes meet share evidence.
         sightings: of method=sightings.
@@ -131,9 +132,9 @@ class FilterConfig:
     gate: float = 0.5
     below: float = 0.7
     replace: bool = True
-    window: int = 2000
-    reference_share: float = 0.125
-    reference_size: int = 128
+    window: int | None = None
+    reference_share: float = 0.25
+    reference_size: int = 64
     table_size: int = 2**20
     sightings: int = 30
 
@@ -371,8 +372,8 @@ def settings_of(root: type) -> Iterator[tuple[str, Field]]:
                 yield section.name, setting
 
 
-def make_filter(config: FilterConfig, calibration=None):
-    """The MemFilter that the configuration describes.
+def make_filter(run: Config, calibration=None):
+    """The MemFilter that the configuration of a run describes.
 
     Args:
         calibration: a `Calibration`, for the methods that need one.
@@ -384,6 +385,7 @@ def make_filter(config: FilterConfig, calibration=None):
     from memfilter.filter import MemFilter
     from memfilter.threshold import TimestepThreshold
 
+    config = run.filter
     settings = {"reduction": config.reduction, "unit": config.unit, "max_empty_steps": config.max_empty_steps}
     if config.method == "tau":
         return MemFilter(config.tau, **settings)
@@ -391,7 +393,12 @@ def make_filter(config: FilterConfig, calibration=None):
         return MemFilter(None, **settings)
     if config.method == "sightings":
         return MemFilter(None, evidence=Sightings(config.sightings, config.table_size), **settings)
-    table = {"table_size": config.table_size, "window": config.window, "reference_share": config.reference_share}
+    all_pay = config.method == "timestep" or config.gate == -math.inf
+    table = {
+        "table_size": config.table_size,
+        "window": config.window or max(1, run.train.samples // 10),
+        "reference_share": 1.0 if all_pay else config.reference_share,
+    }
     if config.method == "timestep":
         census = Census(calibration.reference(config.reference_size), **table)
         threshold = TimestepThreshold(census.reference, config.false_positive_rate)

@@ -154,7 +154,7 @@ class Census(KeyTable):
     """
 
     def __init__(
-        self, reference: Reference, *, window: int = 2000, reference_share: float = 0.125, table_size: int = 2**20
+        self, reference: Reference, *, window: int = 2000, reference_share: float = 0.25, table_size: int = 2**20
     ):
         super().__init__(table_size)
         if window < 1:
@@ -297,6 +297,7 @@ class Evidence(Census):
         self.readmit_below = flag_at / 2 if readmit_below is None else readmit_below
         self.weighing = weighing or Weighing()
         self.gate, self.below, self.replace = gate, below, replace
+        self.makes_passes = any(name != "loss" for name in self.weighing.strengths)
         # the first encounters, and those after them
         self.sums = torch.zeros(self.table_size, 2, len(SIGNALS))
         self.counts = torch.zeros(self.table_size, 2, len(SIGNALS), dtype=torch.int16)
@@ -310,7 +311,7 @@ class Evidence(Census):
         false_flag_rate: float = 0.02,
         *,
         looks: int | None = None,
-        reference_size: int = 128,
+        reference_size: int = 64,
         **settings,
     ) -> Evidence:
         """Evidence whose bar is calibrated.
@@ -348,14 +349,24 @@ class Evidence(Census):
             evidence.readmit_below = evidence.flag_at / 2
         return evidence
 
-    def blank(self, table_size: int) -> Evidence:
-        """The same rule with an empty table, which flags nobody and shares the reference."""
-        settings = {"weighing": self.weighing, "gate": self.gate, "below": self.below, "table_size": table_size}
-        return Evidence(self.reference, self.rho, math.inf, **settings)
+    def largest(self, timesteps: Tensor, signals: Tensor) -> Tensor:
+        """The largest evidence that each of some new keys ever reaches: the rule itself is applied to them, with a table of
+        their own in which nobody is flagged, and a reference that stays as it is.
 
-    def take(self, slots: Tensor, timesteps: Tensor, signals: Tensor) -> tuple[Tensor, Tensor]:
-        """Encounters that are not audited: see `update`, of which this is a part."""
-        return self.update(Step(slots, timesteps, signals, torch.zeros(len(slots), dtype=torch.bool)), 0)
+        Args:
+            timesteps: [keys, looks].
+            signals: [keys, looks, len(SIGNALS)].
+
+        Returns:
+            [keys]
+        """
+        settings = {"weighing": self.weighing, "gate": self.gate, "below": self.below, "table_size": len(timesteps)}
+        fresh, keys = Evidence(self.reference, self.rho, math.inf, **settings), torch.arange(len(timesteps))
+        unaudited, largest = torch.zeros(len(keys), dtype=torch.bool), torch.full((len(keys),), -math.inf)
+        for look in range(timesteps.shape[1]):
+            found = fresh._weigh(Step(keys, timesteps[:, look], signals[:, look], unaudited))
+            largest = torch.maximum(largest, found)
+        return largest
 
     def evidence(self, slots: Tensor) -> Tensor:
         """Of keys, as far as it goes: [n] -> [n]"""
@@ -373,8 +384,7 @@ class Evidence(Census):
         return timesteps < self.below * self.reference.num_train_timesteps
 
     def _weigh(self, step: Step) -> Tensor:
-        p = self.reference.p_values(step.timesteps, step.signals, middle=True)
-        z = -torch.special.ndtri(p).float()  # [n, S]
+        z = self.reference.scores(step.timesteps, step.signals)  # [n, S]
         known = step.slots.clamp(min=0)
         # an audit's null pass is for the reference: that it was made has nothing to do with the key, which would otherwise
         # go another way than the calibration's keys went

@@ -189,6 +189,8 @@ class MemFilter:
         """What to do with samples, by what is known before their step: `Decisions`, places in the table, and why."""
         slots = self.evidence.slots(shared_keys)
         drop, look, audit = self.evidence.decide(slots)
+        if not self.evidence.makes_passes:
+            look = torch.zeros_like(look)
         reasons: list[str | None] = [None if looked else "flagged" if dropped else "no evidence"
                                      for looked, dropped in zip(look.tolist(), drop.tolist(), strict=True)]  # fmt: skip
         hopeless = torch.zeros_like(look)
@@ -229,10 +231,8 @@ class MemFilter:
             return None
         if "decisions" not in self._facts:
             raise ValueError("evidence is collected by key: name the samples with MemFilter.batch(keys=...) before the forward")
-        if not self.evidence.makes_passes:
-            return []
         rows = self._facts["decisions"].look.nonzero().flatten().tolist()
-        several = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+        several = self.evidence.makes_passes and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
         # ZeRO-3 and FSDP gather weights in every forward: a rank must not stay away from a pass that others make
         return None if len(rows) == batch_size else rows or [0] * several
 

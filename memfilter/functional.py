@@ -96,9 +96,9 @@ def text_norm(cond: Tensor, null: Tensor, factor: Tensor | None = None, unit: st
 def text_cosine(cond: Tensor, null: Tensor) -> Tensor:
     """Cosine between the text-conditional prediction, cond - null, and null: [B, ...] twice -> [B], in fp32 at least.
 
-    Memorized samples show a high one at low noise (the anisotropy of "Detecting and mitigating memorization in diffusion
-    models through anisotropy of the log-probability", ICLR 2026), where v and noise predictions are all but the same; of
-    other prediction types it is taken as it is.
+    Memorized samples show a high one at low noise (Asthana and Belagiannis, "Detecting and Mitigating Memorization in
+    Diffusion Models through Anisotropy of the Log-Probability", ICLR 2026), where v and noise predictions are all but the
+    same; of other prediction types it is taken as it is.
     """
     precise = torch.promote_types(cond.dtype, torch.float32)
     cond, null = cond.to(precise).flatten(1), null.to(precise).flatten(1)

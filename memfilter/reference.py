@@ -18,16 +18,22 @@ class Reference:
     All of it is on the host, and a pure function of what was added in which order: ranks that add the same rows hold the
     same reference.
 
+    A model that trains moves away from it. What moves all bins alike is soon seen, since the bins can be taken together:
+    `scores` are relative to the mean and deviation of the ``recent`` last ones. What moves one bin is seen as its values are
+    replaced, and p-values go by these alone.
+
     Args:
-        size: values held for each signal and bin. More make finer p-values, fewer follow a model that trains.
+        size: values held for each signal and bin. More make finer p-values, fewer follow sooner.
         bins: equal timestep bins.
         num_train_timesteps: where the last bin ends.
+        recent: values, of all bins together, that tell how far the model has moved.
     """
 
-    def __init__(self, size: int = 128, bins: int = 10, num_train_timesteps: int = 1000):
+    def __init__(self, size: int = 64, bins: int = 10, num_train_timesteps: int = 1000, recent: int = 48):
         self.size, self.bins, self.num_train_timesteps = size, bins, num_train_timesteps
         self.values = torch.full((len(SIGNALS), bins, size), math.nan)  # signed: larger is more memorized
         self.added = torch.zeros(len(SIGNALS), bins, dtype=torch.long)  # so many ever
+        self.recent = torch.full((len(SIGNALS), recent), math.nan)  # normal scores among the values held then
         self.version = 0  # another one when something was added
 
     def bin(self, timesteps: Tensor) -> Tensor:
@@ -42,7 +48,10 @@ class Reference:
             signals: [n, len(SIGNALS)]; NaN where one was not measured.
         """
         bins, signed = self.bin(timesteps), signals.float() * _SIGN
+        scores = self._normal_scores(timesteps, signals)
         for signal in range(len(SIGNALS)):
+            moved = torch.cat([self.recent[signal], scores[~scores[:, signal].isnan(), signal]])
+            self.recent[signal] = moved[-len(self.recent[signal]) :]
             for b in range(self.bins):
                 new = signed[bins == b, signal]
                 new = new[~new.isnan()]
@@ -72,6 +81,19 @@ class Reference:
         p = (above + (equal + 1) * (0.5 if middle else 1.0)).double() / (count + 1)
         return p.masked_fill(signed.isnan(), math.nan)
 
+    def _normal_scores(self, timesteps: Tensor, signals: Tensor) -> Tensor:
+        return -torch.special.ndtri(self.p_values(timesteps, signals, middle=True)).float()
+
+    def scores(self, timesteps: Tensor, signals: Tensor) -> Tensor:
+        """How far signals speak of memorization, as standard normal scores among recent ordinary samples: [n] and
+        [n, len(SIGNALS)] -> [n, len(SIGNALS)]; NaN where nothing was measured."""
+        known = ~self.recent.isnan()
+        count = known.sum(1).clamp(min=1)
+        mean = self.recent.nan_to_num(0).sum(1) / count
+        spread = (torch.where(known, self.recent - mean[:, None], 0).square().sum(1) / (count - 1).clamp(min=1)).sqrt()
+        spread = torch.where(count > 1, spread, 1).clamp(min=0.25)
+        return (self._normal_scores(timesteps, signals) - mean) / spread
+
     def limits(self, rate: float) -> Tensor:
         """The smallest norm in each bin whose p-value is at most ``rate``, [bins]; inf where there is none."""
         limits = torch.full((self.bins,), math.inf)
@@ -83,8 +105,8 @@ class Reference:
         return limits
 
     def state_dict(self) -> dict[str, Tensor]:
-        return {"values": self.values, "added": self.added}
+        return {"values": self.values, "added": self.added, "recent": self.recent}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        self.values, self.added = state["values"].clone(), state["added"].clone()
+        self.values, self.added, self.recent = (state[name].clone() for name in ("values", "added", "recent"))
         self.version += 1

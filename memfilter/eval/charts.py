@@ -15,7 +15,7 @@ SYMBOLS = {"duplicates": "circle", "distinct": "diamond"}
 
 def by_timestep(audit: dict[str, np.ndarray], samples: int) -> dict[str, list[tuple[int, float, float, float, int]]]:
     """Group -> rows of (bin, 10% quantile, median, 90% quantile, samples) over the last half of a run of so many."""
-    late = audit["position"] >= samples / 2
+    late = (audit["position"] >= samples / 2) & ~np.isnan(audit["text_norm"])
     duplicate, norm = audit["duplicate"][late], audit["text_norm"][late]
     bins = audit["timestep"][late] // BIN
     panel = {}
@@ -28,8 +28,8 @@ def by_timestep(audit: dict[str, np.ndarray], samples: int) -> dict[str, list[tu
     return panel
 
 
-def norm_chart(panel: dict, tau: float, top: float, unit: str) -> go.Figure:
-    """Median and 10-90% band of the norm over the timestep, and tau; ``top`` ends the axis."""
+def norm_chart(panel: dict, tau: float | None, top: float, unit: str) -> go.Figure:
+    """Median and 10-90% band of the norm over the timestep, and tau if there is one; ``top`` ends the axis."""
     figure = _figure("timestep", f"text norm ({unit})")
     for group, rows in panel.items():
         bins, low, median, high, count = (list(column) for column in zip(*rows, strict=True))
@@ -49,10 +49,11 @@ def norm_chart(panel: dict, tau: float, top: float, unit: str) -> go.Figure:
             "%{customdata[2]:.2f} to %{customdata[3]:.2f}<br>%{customdata[4]} samples",
             **_line(group),
         )
-    figure.add_hline(
-        tau, line={"dash": "dash", "width": 1.5, "color": "#888"}, annotation_text=f"tau = {tau:g}",
-        annotation_position="top right",
-    )  # fmt: skip
+    if tau is not None:
+        figure.add_hline(
+            tau, line={"dash": "dash", "width": 1.5, "color": "#888"}, annotation_text=f"tau = {tau:g}",
+            annotation_position="top right",
+        )  # fmt: skip
     figure.update_xaxes(range=[0, BIN * (1 + max(rows[-1][0] for rows in panel.values()))])
     figure.update_yaxes(range=[0, top])
     return figure

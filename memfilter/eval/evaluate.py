@@ -27,9 +27,14 @@ def evaluate_run(
     seeds: int = 4,
     steps: int = 20,
     guidance_scale: float = 4.0,
+    near_copies: int = 1,
     progress: bool = True,
 ) -> dict:
     """Generates for every duplicate and for ``distinct`` distinct samples of a run on clipart scenes.
+
+    Args:
+        near_copies: so many keys in a row are near copies of one duplicate, as `prepare_scenes` makes them: the first one's
+            caption is the prompt, and what is nearest of all of them counts.
 
     Writes ``evaluation.json`` (figures for each prompt and for both kinds) and ``evaluation.npz`` (``generations``
     uint8 [P, S, H, W, 3] and ``training`` uint8 [P, H, W, 3]) into the run's directory.
@@ -47,7 +52,7 @@ def evaluate_run(
     config = json.loads((run_dir / "summary.json").read_text())["config"]
     shards = Shards.open(config["data"]["path"])
     experiment = Experiment.read(config["data"]["index"] or index_beside(config["data"]["path"]))
-    rows = [*np.flatnonzero(experiment.duplicate), *np.flatnonzero(~experiment.duplicate)[:distinct]]
+    rows = [*np.flatnonzero(experiment.duplicate)[::near_copies], *np.flatnonzero(~experiment.duplicate)[:distinct]]
     keys = [experiment.keys[row] for row in rows]
     wanted = [scene_from(shards.facts(key)) for key in keys]
     training = np.stack([np.asarray(shards.image(key)) for key in keys])
@@ -58,6 +63,10 @@ def evaluate_run(
         pipeline, captions, range(seeds), steps=steps, guidance_scale=guidance_scale, progress=progress
     )
     similarity = copy_similarity(generations, training[:, None])  # [P, S]
+    for place, row in enumerate(rows):
+        for other in range(row + 1, row + near_copies if experiment.duplicate[row] else 0):
+            picture = np.asarray(shards.image(experiment.keys[other]))
+            similarity[place] = np.maximum(similarity[place], copy_similarity(generations[place], picture))
     agreed = agreement(generations.reshape(-1, *training.shape[1:]), [s for s in wanted for _ in range(seeds)])
     agreed = agreed.reshape(similarity.shape)
     together = seed_agreement(generations)

@@ -75,8 +75,17 @@ class Run:
         return self.summary["config"]["filter"]
 
     @property
+    def method(self) -> str:
+        return self.filter.get("method", "tau")
+
+    @property
     def tau(self) -> float | None:
-        return self.filter["tau"]
+        """None where there is no single threshold."""
+        return self.filter["tau"] if self.method == "tau" else None
+
+    @property
+    def filtered(self) -> bool:
+        return self.method != "tau" or self.tau is not None and math.isfinite(self.tau)
 
 
 def write_report(off: Path, on: Path, out: Path) -> None:
@@ -87,7 +96,7 @@ def write_report(off: Path, on: Path, out: Path) -> None:
     Args:
         off: run directory with metrics.jsonl, audit.parquet, summary.json, evaluation.json and evaluation.npz, trained
             with ``filter.tau`` inf (or null, which leaves its norms out of the page).
-        on: the same, trained with a finite ``filter.tau``.
+        on: the same, trained with a finite ``filter.tau`` or another method.
         out: the page; replaced only when all of it is written.
 
     Raises:
@@ -109,10 +118,12 @@ def write_report(off: Path, on: Path, out: Path) -> None:
 
 def _incomparable(off: Run, on: Run) -> list[str]:
     errors, both = [], f"{off.directory} and {on.directory}"
-    if off.tau is not None and math.isfinite(off.tau):
-        errors.append(f"{off.directory} must have trained without filter (filter.tau inf), found {off.tau}")
-    if on.tau is None or not math.isfinite(on.tau):
-        errors.append(f"{on.directory} must have trained with the filter (a finite filter.tau), found {on.tau}")
+    if off.filtered:
+        found = off.tau if off.method == "tau" else f"filter.method={off.method}"
+        errors.append(f"{off.directory} must have trained without filter (filter.tau inf), found {found}")
+    if not on.filtered:
+        errors.append(f"{on.directory} must have trained with the filter (a finite filter.tau, or another method), "
+                      f"found {on.tau}")  # fmt: skip
     settings = [_settings(run.summary["config"]) for run in (off, on)]
     for name in sorted(settings[0].keys() | settings[1].keys()):
         a, b = (s.get(name) for s in settings)
@@ -156,7 +167,7 @@ def _render(off: Run, on: Run) -> str:
     counts = {group: sum(p["duplicate"] == (group == "duplicates") for p in prompts) for group in GROUPS}
     panels = {name: by_timestep(run.audit, run.summary["samples"]) for name, run in (("off", off), ("on", on))}
     # one scale, or the two charts cannot be compared by eye
-    highest = max([on.tau, *(row[3] for panel in panels.values() for rows in panel.values() for row in rows)])
+    highest = max([on.tau or 0, *(row[3] for panel in panels.values() for rows in panel.values() for row in rows)])
     unit = on.filter.get("unit", "l2")
     norms = {name: norm_chart(panel, on.tau, highest * 1.08, unit) if panel else None
              for name, panel in panels.items()}  # fmt: skip
@@ -187,10 +198,11 @@ def _table(off: Run, on: Run) -> list[dict]:
         form = "{:.1%}" if name == "memorization_rate" else "{:.2f}"
         table.append(row(label, meaning, form, *zip(GROUPS, a, b, strict=True)))
     a, b = ([run.summary.get(f"filter/drop_rate_{group}") for group in GROUPS] for run in (off, on))
-    meaning = "Share of the checked training samples that were left out of the loss, over the whole run."
+    meaning = "Share of the training samples with a verdict that were left out of the loss, over the whole run."
     table.append(row("Drop rate", meaning, "{:.1%}", *zip(GROUPS, a, b, strict=True)))
-    meaning = ("Both runs measure the norm, so the difference is not what the filter costs." if off.tau is not None
-               else "Only the run with the filter makes the extra pass.")  # fmt: skip
+    meaning = ("The run without the filter measures the norm too, so the difference is not what the filter costs."
+               if off.tau is not None
+               else "Only the run with the filter makes extra passes.")  # fmt: skip
     seconds = ("whole run", off.summary["seconds"], on.summary["seconds"])
     return [*table, row("Training seconds", meaning, "{:,.0f}", seconds)]
 

@@ -88,7 +88,7 @@ class Trainer:
         noise_scheduler = DDPMScheduler.from_config(pipeline.scheduler.config)
         calibration = require_calibration(config, noise_scheduler, resolution)
         try:
-            self.mem_filter = make_filter(config.filter, calibration)
+            self.mem_filter = make_filter(config, calibration)
         except ValueError as error:
             raise ConfigError(str(error)) from error
         require_suitable(config, pipeline, noise_scheduler, resolution)

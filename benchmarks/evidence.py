@@ -1,0 +1,217 @@
+"""What evidence buys over one threshold, on clipart scenes: memorization, agreement, samples lost, passes and time.
+
+    python benchmarks/evidence.py --work_dir runs/evidence
+
+Three scenarios, each with 20 duplicates shown 200 times: (a) among 1,000 samples shown once; (b) among 100 shown 20 times;
+(c) as (a), each duplicate under 10 keys with slightly different captions and crops, which filters that go by key share by
+content (`memfilter prepare groups`). And one without duplicates: (d) 1,000 samples five times, 20 of which are called
+duplicates in the table and are none. Every run has scenes, duplicates and a training seed of its own, in a process of one
+thread, and sees the same number of samples. Each adds its row to docs/results/evidence.csv when it is finished; rows of the
+same recipe are found there when the command is repeated, so that it goes on where it was stopped. With all rows of a seed
+there, tables, figure and pictures are drawn: docs/results/evidence.{md,png}, evidence_pictures.png.
+
+Columns of the CSV: memorization_rate of duplicate prompts; distinct_dropped, share of the appearances of distinct samples
+that were not trained on; passes, null passes for each sample of the stream; time_ratio, CPU seconds of training to those of
+the unfiltered run of the same scenario and seed (CPU seconds, because other processes share the machine).
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "docs" / "results"
+REPORTED_SEEDS = (201, 202, 203, 204, 205)  # no setting was chosen by looking at them
+SCENARIOS = {  # arguments of `memfilter prepare scenes`, samples seen
+    "a": (("--repeats=200", "--distinct=1000"), 5000),
+    "b": (("--repeats=200", "--distinct=100", "--distinct_repeats=20"), 6000),
+    "c": (("--repeats=200", "--distinct=1000", "--near_copies=10"), 5000),
+    "d": (("--repeats=5", "--distinct=980", "--distinct_repeats=5"), 5000),
+}
+EVIDENCE = ("--filter.method=evidence",)
+METHODS = {  # (method, setting): settings of the run
+    ("none", ""): ("--filter.method=tau", "--filter.tau=null"),
+    ("evidence", "with savings"): EVIDENCE,
+    ("oracle", ""): ("--filter.method=oracle",),
+    **{("sightings", f"k={k}"): ("--filter.method=sightings", f"--filter.sightings={k}") for k in (10, 30, 100)},
+    **{("tau", f"{tau}"): ("--filter.method=tau", f"--filter.tau={tau}") for tau in (3, 4, 5, 6, 7)},
+    ("timestep", "2%"): ("--filter.method=timestep", "--filter.false_positive_rate=0.02"),
+    ("evidence", "without savings"): (*EVIDENCE, "--filter.gate=-inf", "--filter.replace=false"),
+    **{("evidence", f"gate={gate}"): (*EVIDENCE, f"--filter.gate={gate}") for gate in ("-inf", "0", "1.5")},
+    ("evidence", "loss only"): (*EVIDENCE, "--filter.signals=[loss]"),
+}
+# what the savings are shown on: (a), and (d), where the other methods are not asked
+SAVINGS = [m for m in METHODS if m[0] == "evidence" and m[1] not in ("with savings", "without savings")]
+WANTED = {s: [m for m in METHODS if (m not in SAVINGS or s in "ad") and (s != "d" or m[0] in ("none", "evidence"))] for s in SCENARIOS}
+BY_KEY = ("evidence", "sightings")
+EVALUATE = {"distinct": 20, "seeds": 4, "steps": 10, "guidance_scale": 4.0}
+COLUMNS = ["scenario", "method", "setting", "seed", "memorization_rate", "distinct_dropped", "agreement_duplicates",
+           "agreement_distinct", "passes", "time_ratio", "copy_similarity", "seed_agreement", "memorization_rate_distinct",
+           "duplicates_dropped", "seconds", "recipe"]  # fmt: skip
+TEXT = ("scenario", "method", "setting", "recipe")
+
+
+def recipe(scenario: str, method: tuple[str, str]) -> str:
+    """Names everything that a row depends on but its seed."""
+    digest = hashlib.sha256((ROOT / "configs" / "evidence.yaml").read_bytes())
+    digest.update(repr((SCENARIOS[scenario], METHODS[method], EVALUATE)).encode())
+    assets = sorted((ROOT / "memfilter" / "assets").rglob("*.safetensors"))
+    sources = [ROOT / "memfilter" / "evidence.py", ROOT / "memfilter" / "reference.py", ROOT / "memfilter" / "calibration.py"]
+    if method[0] in ("evidence", "timestep"):
+        assets += [*sources, ROOT / "memfilter" / "assets" / "scenes-base" / "calibration.json"]
+    for path in assets:
+        digest.update(path.read_bytes())
+    return digest.hexdigest()[:12]
+
+
+def prepare(work: Path, scenario: str, seed: int) -> Path:
+    """Scenes of a scenario and seed, with groups of near duplicates, and their encodings."""
+    scenes, arguments = work / f"{scenario}{seed}" / "scenes", SCENARIOS[scenario][0]
+    if not scenes.exists():
+        _call(scenes, "-m", "memfilter.cli", "prepare", "scenes", str(scenes), f"--seed={seed}", "--duplicates=20", *arguments)
+        _call(scenes, "-m", "memfilter.cli", "prepare", "groups", str(scenes), "--processes=1")
+    cache = scenes.with_name("cache")
+    _call(scenes, "-m", "memfilter.cli", "cache", f"--data.path={scenes}", f"--data.cache={cache}")
+    return scenes
+
+
+def run(work: Path, scenario: str, seed: int, method: tuple[str, str]) -> dict:
+    """Trains and evaluates one setting; its row of the table, without the ratio of times."""
+    scenes = work / f"{scenario}{seed}" / "scenes"
+    name = "-".join(part.replace(" ", "_").replace("=", "") for part in method if part)
+    out = scenes.with_name(f"{name}-{recipe(scenario, method)}")
+    if not (out / "evaluation.json").exists():
+        shutil.rmtree(out, ignore_errors=True)
+        shared = ["--filter.key=content"] if scenario == "c" and method[0] in BY_KEY else []
+        settings = ["--config", "configs/evidence.yaml", f"--run_dir={out}", f"--data.path={scenes}", f"--train.seed={seed}",
+                    f"--data.cache={scenes.with_name('cache')}", f"--train.samples={SCENARIOS[scenario][1]}",
+                    "--log.gallery=0", *METHODS[method], *shared]  # fmt: skip
+        _call(out, __file__, "--job", json.dumps({"settings": settings, "near_copies": 10 if scenario == "c" else 1}))
+        shutil.rmtree(out / "pipeline")
+    summary, evaluation = (json.loads((out / f"{file}.json").read_text()) for file in ("summary", "evaluation"))
+    duplicates, distinct = evaluation["duplicates"], evaluation["distinct"]
+    row = {
+        "scenario": scenario,
+        "method": method[0],
+        "setting": method[1],
+        "seed": seed,
+        "memorization_rate": duplicates["memorization_rate"],
+        "distinct_dropped": summary.get("filter/drop_rate_distinct", 0.0),
+        "agreement_duplicates": duplicates["agreement"],
+        "agreement_distinct": distinct["agreement"],
+        "passes": summary.get("filter/pass_share", 0.0),
+        "copy_similarity": duplicates["copy_similarity"],
+        "seed_agreement": duplicates["seed_agreement"],
+        "memorization_rate_distinct": distinct["memorization_rate"],
+        "duplicates_dropped": summary.get("filter/drop_rate_duplicates", 0.0),
+    }
+    row = {name: round(value, 4) if isinstance(value, float) else value for name, value in row.items()}
+    print(f"done: {scenario} {seed} {' '.join(method)}: memorized {row['memorization_rate']}, "
+          f"distinct dropped {row['distinct_dropped']}, agreement {row['agreement_distinct']}", flush=True)  # fmt: skip
+    return row | {"seconds": float((out / "cpu_seconds").read_text()), "recipe": recipe(scenario, method)}
+
+
+def job(settings: list[str], near_copies: int) -> None:
+    """One training run and its evaluation, in this process."""
+    import torch
+
+    torch.set_num_threads(1)
+    from memfilter.arguments import parse
+    from memfilter.eval.evaluate import evaluate_run
+    from memfilter.train.loop import Trainer
+
+    config = parse(settings)
+    trainer, run_dir = Trainer(config), Path(config.run_dir)
+    began = time.process_time()
+    trainer.run(progress=False)
+    (run_dir / "cpu_seconds").write_text(f"{time.process_time() - began:.1f}")
+    evaluate_run(run_dir, near_copies=near_copies, progress=False, **EVALUATE)
+
+
+def read_rows(path: Path) -> list[dict]:
+    """Rows of the present recipes that earlier calls left."""
+    if not path.exists():
+        return []
+    with path.open(newline="") as file:
+        rows = [{k: v if k in TEXT else float(v) if v else None for k, v in row.items()} for row in csv.DictReader(file)]
+    known = {(s, *m): recipe(s, m) for s in SCENARIOS for m in METHODS}
+    return [row for row in rows if known.get((row["scenario"], row["method"], row["setting"])) == row["recipe"]]
+
+
+def write_rows(path: Path, rows: list[dict]) -> None:
+    """With the ratio of times where the unfiltered run of the scenario and seed is there."""
+    order = [(s, *m) for s in SCENARIOS for m in METHODS]
+    rows.sort(key=lambda row: (order.index((row["scenario"], row["method"], row["setting"])), row["seed"]))
+    plain = {(row["scenario"], row["seed"]): row["seconds"] for row in rows if row["method"] == "none"}
+    for row in rows:
+        base = plain.get((row["scenario"], row["seed"]))
+        row["time_ratio"] = round(row["seconds"] / base, 3) if base else ""
+        row["seed"] = int(row["seed"])
+    partial = path.with_name(f".{path.name}.partial")
+    with partial.open("w", newline="") as file:
+        writer = csv.DictWriter(file, COLUMNS)
+        writer.writeheader()
+        writer.writerows(rows)
+    partial.replace(path)
+
+
+def _call(out: Path, *arguments: str) -> None:
+    out.parent.mkdir(parents=True, exist_ok=True)
+    log = out.with_suffix(".log")
+    with log.open("a") as file:
+        environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
+        code = subprocess.run([sys.executable, *arguments], cwd=ROOT, stdout=file, stderr=file, env=environment)
+    if code.returncode:
+        raise SystemExit(f"{out} failed, see {log}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--work_dir", type=Path, default=Path("runs/evidence"))
+    parser.add_argument("--out", type=Path, default=RESULTS, help="directory of the tables")
+    parser.add_argument("--seeds", type=int, nargs="+", default=REPORTED_SEEDS)
+    parser.add_argument("--scenarios", nargs="+", default=list(SCENARIOS), choices=list(SCENARIOS))
+    parser.add_argument("--methods", nargs="+", default=None, help="only these, such as none tau")
+    parser.add_argument("--processes", type=int, default=os.cpu_count())
+    parser.add_argument("--job", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.job:
+        job(**json.loads(args.job))
+        return
+    work, table_path = args.work_dir.resolve(), args.out / "evidence.csv"
+    args.out.mkdir(parents=True, exist_ok=True)
+    rows, lock = read_rows(table_path), threading.Lock()
+    known = {(row["scenario"], row["method"], row["setting"], int(row["seed"])) for row in rows}
+    methods = [m for m in METHODS if args.methods is None or m[0] in args.methods]
+    jobs = [(s, seed, m) for seed in args.seeds for s in args.scenarios for m in methods
+            if m in WANTED[s] and (s, *m, seed) not in known]  # fmt: skip
+    made: dict[tuple[str, int], threading.Lock] = {(s, seed): threading.Lock() for s, seed, _ in jobs}
+    ready: set[tuple[str, int]] = set()
+
+    def finish(scenario: str, seed: int, method: tuple[str, str]) -> None:
+        with made[scenario, seed]:
+            if (scenario, seed) not in ready:
+                prepare(work, scenario, seed)
+                ready.add((scenario, seed))
+        row = run(work, scenario, seed, method)
+        with lock:
+            rows.append(row)
+            write_rows(table_path, rows)
+
+    with ThreadPoolExecutor(args.processes) as pool:
+        list(pool.map(lambda one: finish(*one), jobs))
+
+
+if __name__ == "__main__":
+    main()

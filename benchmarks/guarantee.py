@@ -1,0 +1,98 @@
+"""Whether clean keys are flagged as seldom as promised, with weights at rest.
+
+    python benchmarks/guarantee.py --work_dir runs/guarantee
+
+The embedded model looks at fresh clipart scenes, none of which comes twice, 200 times each: 600 calibrate, 2,000 are judged.
+For 20 and for 200 looks and several false flag rates it prints the share of the 2,000 that are ever flagged, and where the
+guarantee puts it: the number of flagged keys is beta-binomial, n + 1 - k and k of the calibration's n keys being its shape
+(see docs/evidence.md), so the interval accounts for the calibration's noise and for that of the 2,000. The table goes to
+docs/results/guarantee.md; exit code 1 if a share lies above its interval. Scenes are looked at in parts of 100, by as many
+processes as there are cores, and parts that are there are kept.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import os
+import shutil
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+SEED = 7_000_000  # of the first part's scenes; the others follow
+PART, CALIBRATE, JUDGED = 100, 600, 2000
+LOOKS, RATES = (20, 200), (0.01, 0.02, 0.05)
+
+
+def look(work: Path, part: int) -> Path:
+    """Signals of one part's scenes."""
+    out, scenes = work / f"part{part:03d}.json", work / f"scenes{part:03d}"
+    if not out.exists():
+        shutil.rmtree(scenes, ignore_errors=True)
+        run = [sys.executable, "-m", "memfilter.cli"]
+        settings = [f"--data.path={scenes}", f"--train.seed={SEED + part}", "--train.batch_size=20"]
+        commands = (
+            [*run, "prepare", "scenes", scenes, f"--seed={SEED + part}", "--duplicates=1", "--repeats=1", f"--distinct={PART}"],
+            [*run, "calibrate", *settings, f"--out={out}", f"--keys={PART}", f"--looks={max(LOOKS)}"],
+        )
+        for command in commands:
+            done = subprocess.run(
+                [str(word) for word in command], cwd=ROOT, capture_output=True, text=True,
+                env=os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)},
+            )  # fmt: skip
+            if done.returncode:
+                raise SystemExit(done.stderr)
+        shutil.rmtree(scenes)
+        print(f"part {part} is done", flush=True)
+    return out
+
+
+def judge(parts: list[Path]) -> tuple[list[str], bool]:
+    """Lines of the table, and whether the guarantee holds."""
+    import torch
+    from scipy.stats import betabinom
+
+    from memfilter.calibration import Calibration
+    from memfilter.evidence import Evidence
+
+    loaded = [Calibration.load(part) for part in parts]
+    timesteps, signals = (torch.cat([getattr(one, name) for one in loaded]) for name in ("timesteps", "signals"))
+    calibration = Calibration(timesteps[:CALIBRATE], signals[:CALIBRATE], loaded[0].about)
+    lines = ["| looks | false flag rate | bar | ever flagged | 95% of what the guarantee allows | |", "|---" * 6 + "|"]
+    good = True
+    for looks in LOOKS:
+        for rate in RATES:
+            evidence = Evidence.of(calibration, rate, looks=looks)
+            largest = evidence.largest(timesteps[CALIBRATE:, :looks], signals[CALIBRATE:, :looks])
+            flagged, judged = int((largest >= evidence.flag_at).sum()), len(largest)
+            n = CALIBRATE - CALIBRATE // 3
+            k = math.ceil((1 - rate) * (n + 1) - 1e-9)
+            low, high = betabinom.ppf([0.025, 0.975], judged, n + 1 - k, k) / judged
+            holds = flagged / judged <= high
+            good &= bool(holds)
+            lines.append(f"| {looks} | {rate} | {evidence.flag_at:.2f} | {flagged / judged:.4f} | {low:.4f} to {high:.4f} | "
+                         f"{'holds' if holds else 'above'} |")  # fmt: skip
+    return lines, good
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--work_dir", type=Path, default=Path("runs/guarantee"))
+    parser.add_argument("--out", type=Path, default=ROOT / "docs" / "results", help="directory of the table")
+    parser.add_argument("--processes", type=int, default=os.cpu_count())
+    args = parser.parse_args()
+    args.work_dir.mkdir(parents=True, exist_ok=True)
+    with ThreadPoolExecutor(args.processes) as pool:
+        parts = list(pool.map(lambda part: look(args.work_dir.resolve(), part), range((CALIBRATE + JUDGED) // PART)))
+    lines, good = judge(parts)
+    text = "\n".join([f"{JUDGED:,} clean keys judged, {CALIBRATE} others calibrated: `python benchmarks/guarantee.py`.", "", *lines])
+    (args.out / "guarantee.md").write_text(text + "\n")
+    print(text)
+    return 0 if good else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
