@@ -55,7 +55,7 @@ METHODS = {  # (method, setting): settings of the run
 SAVINGS = [m for m in METHODS if m[0] == "evidence" and m[1] not in ("with savings", "without savings")]
 WANTED = {s: [m for m in METHODS if (m not in SAVINGS or s in "ad") and (s != "d" or m[0] in ("none", "evidence"))] for s in SCENARIOS}
 BY_KEY = ("evidence", "sightings")
-EVALUATE = {"distinct": 20, "seeds": 4, "steps": 10, "guidance_scale": 4.0}
+EVALUATE = {"distinct": 40, "seeds": 4, "steps": 10, "guidance_scale": 4.0}
 COLUMNS = ["scenario", "method", "setting", "seed", "memorization_rate", "distinct_dropped", "agreement_duplicates",
            "agreement_distinct", "passes", "time_ratio", "copy_similarity", "seed_agreement", "memorization_rate_distinct",
            "duplicates_dropped", "seconds", "recipe"]  # fmt: skip

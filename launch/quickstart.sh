@@ -10,19 +10,20 @@ trap 'trap - TERM; kill 0' TERM
 
 [ -d "$runs/scenes" ] || memfilter prepare scenes "$runs/scenes"
 
-fine_tune() { # name, tau
-    local name="$1" tau="$2"
+fine_tune() { # name, settings of the filter
+    local name="$1"
+    shift
     if [ ! -f "$runs/$name/summary.json" ]; then
         rm -rf "${runs:?}/$name"
-        python train_filtered.py --config configs/quickstart.yaml --run_dir "$runs/$name" --filter.tau="$tau"
+        python train_filtered.py --config configs/quickstart.yaml --run_dir "$runs/$name" "$@"
     fi
     [ -f "$runs/$name/evaluation.json" ] || memfilter evaluate "$runs/$name"
 }
 
 # tau=inf drops nothing and still measures the norm
-fine_tune off inf &
+fine_tune off --filter.tau=inf &
 off=$!
-fine_tune on 5 > "$runs/on.log" 2>&1 &
+fine_tune on --filter.method=evidence > "$runs/on.log" 2>&1 &
 on=$!
 failed=0
 wait $off || failed=1

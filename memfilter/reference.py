@@ -47,17 +47,22 @@ class Reference:
             timesteps: [n].
             signals: [n, len(SIGNALS)]; NaN where one was not measured.
         """
-        bins, signed = self.bin(timesteps), signals.float() * _SIGN
-        scores = self._normal_scores(timesteps, signals)
-        for signal in range(len(SIGNALS)):
-            moved = torch.cat([self.recent[signal], scores[~scores[:, signal].isnan(), signal]])
-            self.recent[signal] = moved[-len(self.recent[signal]) :]
-            for b in range(self.bins):
-                new = signed[bins == b, signal]
-                new = new[~new.isnan()]
-                places = (self.added[signal, b] + torch.arange(len(new))) % self.size
-                self.values[signal, b, places[-self.size :]] = new[-self.size :]  # or one place would be written twice
-                self.added[signal, b] += len(new)
+        if not len(timesteps):
+            return
+        scores = self._normal_scores(timesteps, signals).T  # [S, n]
+        signed, measured = (signals.float() * _SIGN).T, ~signals.T.isnan()
+        for moved, score, known in zip(self.recent, scores, measured, strict=True):
+            moved.copy_(torch.cat([moved, score[known]])[-len(moved) :])
+        # cell by cell, in order: the next places of the ring
+        cells = (torch.arange(len(SIGNALS))[:, None] * self.bins + self.bin(timesteps))[measured]
+        order = cells.argsort(stable=True)
+        cells, values = cells[order], signed[measured][order]
+        new = cells.bincount(minlength=self.added.numel())
+        rank = torch.arange(len(cells)) - (new.cumsum(0) - new)[cells]
+        last = rank >= new[cells] - self.size  # or one place would be written twice
+        places = (self.added.view(-1)[cells] + rank) % self.size
+        self.values.view(-1, self.size)[cells[last], places[last]] = values[last]
+        self.added += new.view_as(self.added)
         self.version += 1
 
     def counts(self) -> Tensor:

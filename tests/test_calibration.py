@@ -7,7 +7,7 @@ import torch
 from simulated import NAN, as_signals, calibration, draw
 
 from memfilter.calibration import Calibration, CalibrationError
-from memfilter.evidence import Evidence, Weighing
+from memfilter.evidence import Evidence, Step, Weighing
 from memfilter.reference import SIGNALS
 
 
@@ -173,6 +173,10 @@ def fresh(keys: int, looks: int, rho, seed: int, alike: bool = False):
     return timesteps, as_signals(z.expand(-1, -1, 4), timesteps)
 
 
+def encounters(slots, timesteps, signals) -> Step:
+    return Step(slots, timesteps, signals, torch.zeros(len(slots), dtype=torch.bool))
+
+
 @pytest.mark.parametrize("alike", [False, True], ids=["independent signals", "signals that say the same"])
 def test_of_clean_keys_at_most_the_rate_is_ever_flagged(alike):
     # 200 keys make the bar: by exchangeability a fresh key is flagged with probability 20 / 201, over the draw of both
@@ -183,7 +187,7 @@ def test_of_clean_keys_at_most_the_rate_is_ever_flagged(alike):
         evidence = Evidence.of(made, rate, table_size=512)
         ever = torch.zeros(keys, dtype=torch.bool)
         for look in range(looks):
-            evidence.take(torch.arange(keys), timesteps[300:, look], signals[300:, look])
+            evidence.update(encounters(torch.arange(keys), timesteps[300:, look], signals[300:, look]), keys)
             ever |= evidence.flagged[:keys]
         flagged += int(ever.sum()) / (runs * keys)
     error = math.sqrt(rate * (1 - rate) * (1 / 202 + 1 / keys) / runs)  # of the bars, Beta(20, 181), and of the keys
@@ -216,11 +220,11 @@ def test_largest_evidence_is_that_of_the_rule_led_through_the_looks_one_key_at_a
     evidence = Evidence.of(made, 0.2, table_size=64)
     found = made.largest_evidence(evidence, looks=20)
     for key in range(10):
-        alone, highest = evidence.blank(1), -math.inf
+        alone, slot, levels = Evidence(made.reference(), made.rho(0.7), math.inf, table_size=1), torch.tensor([0]), []
         for look in range(20):
-            alone.take(torch.zeros(1).long(), made.timesteps[5 + key, look, None], made.signals[5 + key, look, None])
-            highest = max(highest, alone.evidence(torch.zeros(1).long()).item())
-        assert found[key].item() == pytest.approx(highest, rel=1e-5)
+            alone.update(encounters(slot, made.timesteps[5 + key, [look]], made.signals[5 + key, [look]]), 1)
+            levels.append(alone.evidence(slot).item())
+        assert found[key].item() == pytest.approx(max(levels), rel=1e-5)
     assert not evidence.sums.any() and not evidence.flagged.any()  # the rule's own table is left alone
 
 

@@ -35,7 +35,7 @@ from memfilter.train.gallery import write_gallery
 from memfilter.train.interruption import EXIT_CODE, Interrupted, Interruption, leave_to_parent
 from memfilter.train.model import load_model
 from memfilter.train.objective import Objective
-from memfilter.train.optimizer import lr_schedule, make_ema, make_optimizer
+from memfilter.train.optimizer import ema_decay, lr_schedule, make_ema, make_optimizer
 from memfilter.train.tracking import Audit, BadSamples, Tracker, require_wandb
 from memfilter.train.validation import Validation
 
@@ -209,7 +209,7 @@ class Trainer:
                 if drawn and drawn.passed_over:
                     self._pass_over(drawn.passed_over)
                 if self.accelerator.sync_gradients:
-                    self._step()
+                    self._step(self.seen - stepped_at)
 
                 # report
                 bar.update(self.seen - before)
@@ -332,12 +332,17 @@ class Trainer:
         self._losses.append((loss.detach() * (1 if self.config.filter.reduction == "kept_global" else weight), weight))
         self.audit.add(batch, self.mem_filter.verdict)
 
-    def _step(self) -> None:
-        """One update from the gradients at hand; none where nothing was kept or loss scaling found an overflow."""
+    def _step(self, samples: int) -> None:
+        """One update from the gradients at hand; none where nothing was kept or loss scaling found an overflow.
+
+        Args:
+            samples: of the stream that the step stands for.
+        """
         done = self.engine.step(self.mem_filter, self.lr_at(self.seen - 1))
         if done is None:
             self.skipped_steps += 1
         elif done and self.ema:
+            self.ema.decay = self.ema.min_decay = ema_decay(self.config.train, samples)
             self.ema.step(self.engine.trained)
 
     def _collect(self) -> None:

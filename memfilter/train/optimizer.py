@@ -76,8 +76,13 @@ def make_ema(parameters: list[torch.nn.Parameter], config: TrainConfig, step_sam
     """
     if not config.ema_half_life:
         return None
-    decay = 0.5 ** (step_samples / config.ema_half_life)
+    decay = ema_decay(config, step_samples)
     # diffusers raises the decay step by step unless the least is given too, which is no function of samples
     ema = EMAModel(parameters, decay=decay, min_decay=decay, use_ema_warmup=False)
     ema.to(dtype=torch.float32)  # low-precision averages lose updates; DeepSpeed trains bf16 weights
     return ema
+
+
+def ema_decay(config: TrainConfig, samples: int) -> float:
+    """What the average keeps of itself over so many samples of the stream, whether they were trained on or passed over."""
+    return 0.5 ** (samples / config.ema_half_life)

@@ -156,6 +156,21 @@ def test_what_was_drawn_before_a_checkpoint_stays_drawn_whoever_was_flagged_sinc
     assert later.rest == list(range(13, 97))
 
 
+def test_what_was_drawn_before_two_checkpoints_ago_stays_drawn_too():
+    first = Feed(0, 100, 4, 2)
+    batches = iter(first)
+    for _ in range(8):
+        next(batches)
+    second = Feed(0, 100, 4, 2, pending=first.state())
+    batches = iter(second)
+    for _ in range(2):  # nothing is read ahead now
+        next(batches)
+        second.taken()
+    assert second.state() == first.state()[2:]
+    third = Feed(8, 100, 4, 2, passes_over=lambda positions: positions > 0, pending=second.state())
+    assert [p for batch in third for p in batch] == list(range(8, 32))
+
+
 @pytest.mark.parametrize("patience", [0, 5, 23])
 def test_patience_ends_when_more_than_so_many_are_passed_over_for_one_step(patience):
     feed = Feed(0, 10_000, 4, passes_over=lambda positions: positions >= 40, patience=patience)

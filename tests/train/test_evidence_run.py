@@ -24,7 +24,7 @@ from memfilter.data.shards import Shards
 from memfilter.evidence import KeyTable
 from memfilter.train.loop import Trainer, train
 
-SAMPLES, BATCH, CAPTION_DROPOUT = 240, 4, 0.05
+SAMPLES, BATCH, EVERY, CAPTION_DROPOUT = 180, 4, 20, 0.05
 MEASURED = ("text_norm", "p_value", "loss", "cosine", "gain")
 
 
@@ -36,7 +36,7 @@ def base(tmp_path_factory):
 @pytest.fixture(scope="module")
 def calibration(base, scenes_dir, tmp_path_factory):
     out = tmp_path_factory.mktemp("calibration") / "calibration.json"
-    settings = [f"--model.path={base}", f"--data.path={scenes_dir}", f"--out={out}", "--keys=45", "--looks=12"]
+    settings = [f"--model.path={base}", f"--data.path={scenes_dir}", f"--out={out}", "--keys=30", "--looks=12"]
     assert memfilter(["calibrate", *settings]) == 0
     return out
 
@@ -72,7 +72,7 @@ def settings(base, scenes_dir, index, calibration):
             "--filter.method=evidence", f"--filter.calibration={calibration}", "--filter.false_flag_rate=0.4",
             "--filter.half_life=4", "--filter.window=40", f"--data.caption_dropout={CAPTION_DROPOUT}",
             f"--train.samples={SAMPLES}", f"--train.batch_size={BATCH}", "--train.learning_rate=1e-3",
-            "--train.ema_half_life=50", "--log.every=40", "--log.gallery=4",
+            "--train.ema_half_life=50", "--log.every=20", "--log.gallery=4",
         ]  # fmt: skip
         replaced = {setting.partition("=")[0] for setting in more}
         return [setting for setting in given if setting.partition("=")[0] not in replaced] + list(more)
@@ -120,7 +120,7 @@ def weights(run) -> dict[str, torch.Tensor]:
 
 # to the end, at once and after a kill
 
-CHECKPOINTS = ("--checkpoint.every=24", "--checkpoint.keep=100")
+CHECKPOINTS = (f"--checkpoint.every={EVERY}", "--checkpoint.keep=100")
 
 
 @pytest.fixture(scope="module")
@@ -149,7 +149,7 @@ def test_run_that_is_killed_and_goes_on_ends_in_the_same_weights_verdicts_and_fl
     for partial in (killed / "checkpoints").glob(".*"):
         shutil.rmtree(partial)
     state = json.loads((checkpoints(killed)[-1] / "state.json").read_text())
-    assert state["samples"] < SAMPLES - 24 and len(state["drawn"]) == 2 * workers
+    assert state["samples"] < SAMPLES - EVERY and len(state["drawn"]) == 2 * workers
     run([*command_line, "--checkpoint.resume=true"])
 
     found, expected = weights(killed), weights(wanted)
@@ -159,9 +159,9 @@ def test_run_that_is_killed_and_goes_on_ends_in_the_same_weights_verdicts_and_fl
     assert all(row.pop("samples_per_second") for rows in metrics for row in rows) and metrics[0] == metrics[1]
     assert [path.name for path in checkpoints(killed)] == [path.name for path in checkpoints(wanted)]
     for path in checkpoints(killed):
-        tables = [load_file(place / "evidence.safetensors") for place in (path, wanted / "checkpoints" / path.name)]
-        assert all(torch.equal(tables[0][name], tables[1][name]) for name in tables[1])
-    assert tables[0]["totals"].min() > 0  # flags and re-admissions
+        tables = [place / path.name / "evidence.safetensors" for place in (path.parent, wanted / "checkpoints")]
+        assert tables[0].read_bytes() == tables[1].read_bytes()
+    assert load_file(tables[0])["totals"].min() > 0  # flags and re-admissions
 
 
 def test_audit_has_a_row_for_each_sample_of_the_stream_and_says_why_there_was_no_look(whole, scenes_dir, index):
@@ -262,7 +262,8 @@ def test_oracle_trains_on_no_duplicate_and_makes_no_null_pass(settings, tmp_path
 
 def test_timestep_rule_drops_what_is_improbable_at_its_timestep(settings, tmp_path):
     rate = 0.13  # no p-value is as large, up to rounding
-    run(settings(tmp_path / "run", "--filter.method=timestep", f"--filter.false_positive_rate={rate}"))
+    still = "--train.learning_rate=1e-5"  # so that norms stay those of the calibration
+    run(settings(tmp_path / "run", "--filter.method=timestep", f"--filter.false_positive_rate={rate}", still))
     rows = audit(tmp_path / "run")
     assert [row["position"] for row in rows] == list(range(SAMPLES))
     looked = [row for row in rows if row["text_norm"] is not None]
@@ -356,7 +357,7 @@ def test_run_in_which_everything_is_flagged_ends_and_says_what_to_do(command, se
     code, errors = command(settings(tmp_path / "run", *more, "--train.samples=2000", "--filter.max_empty_steps=20"))
     assert code == 1
     (error,) = errors
-    assert "everything is flagged" in error and f"{tmp_path / 'run' / 'audit.parquet'}" in error
+    assert "everything is flagged" in error and "audit.parquet" in error
     assert {"evidence": "filter.false_flag_rate", "sightings": "filter.sightings"}[rule] in error
     assert any(row["skipped"] == "flagged" for row in audit(tmp_path / "run"))
 
