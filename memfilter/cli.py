@@ -100,7 +100,9 @@ def calibrate(*settings: str) -> None:
         print(out)
 
 
-def evaluate(run: str, distinct: int = 20, seeds: int = 4, steps: int = 20, guidance_scale: float = 4.0) -> None:
+def evaluate(
+    run: str, distinct: int = 20, seeds: int = 4, steps: int = 20, guidance_scale: float = 4.0, near_copies: int = 1
+) -> None:
     """Generate for a run's duplicate and distinct prompts and measure what is copied.
 
     Args:
@@ -109,10 +111,12 @@ def evaluate(run: str, distinct: int = 20, seeds: int = 4, steps: int = 20, guid
         seeds: pictures for each prompt.
         steps: of the sampler.
         guidance_scale: of classifier-free guidance.
+        near_copies: as the scenes were prepared with; a copy of any of them counts.
     """
     from memfilter.eval.evaluate import evaluate_run
 
-    figures = evaluate_run(Path(run), distinct=distinct, seeds=seeds, steps=steps, guidance_scale=guidance_scale)
+    settings = {"seeds": seeds, "steps": steps, "guidance_scale": guidance_scale, "near_copies": near_copies}
+    figures = evaluate_run(Path(run), distinct=distinct, **settings)
     for kind in ("duplicates", "distinct"):
         print(f"{kind}: " + ", ".join(f"{name} {value:.3f}" for name, value in figures[kind].items()))
 
