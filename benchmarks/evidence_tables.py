@@ -18,8 +18,8 @@ from scipy import stats
 
 ROOT = Path(__file__).resolve().parent.parent
 NAMES = {
-    "a": "(a) 20 duplicates shown 200 times, 1,000 others once",
-    "b": "(b) 20 shown 200 times, 100 others 20 times",
+    "a": "(a) 20 duplicates shown 200 times, 2,000 others once",
+    "b": "(b) 20 shown 200 times, 150 others 20 times",
     "c": "(c) as (a), each duplicate under 10 keys",
     "d": "(d) 1,000 samples five times, no duplicates",
 }

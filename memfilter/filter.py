@@ -19,7 +19,7 @@ from memfilter.unet import FilteredUNet
 
 
 class NonFiniteNorm(FloatingPointError):
-    """The norm of some samples is NaN or infinite: the latents, the embeddings or the weights are broken."""
+    """The norm, or the loss, of some samples is NaN or infinite: the latents, the embeddings or the weights are broken."""
 
 
 class EmptySteps(RuntimeError):
@@ -61,11 +61,11 @@ class _Readback:
         return self._host
 
 
-def _require_finite(finite: Tensor, keys: Sequence[str] | None) -> None:
+def _require_finite(what: str, finite: Tensor, keys: Sequence[str] | None) -> None:
     if not finite.all():
         bad = (~finite).nonzero().flatten().tolist()
         names = ", ".join(str(keys[i]) if keys is not None else f"row {i}" for i in bad)
-        raise NonFiniteNorm(f"the text norm of {len(bad)} of {len(finite)} samples is not finite ({names}): "
+        raise NonFiniteNorm(f"the {what} of {len(bad)} of {len(finite)} samples is not finite ({names}): "
                             "look for NaN in their latents, or lower the learning rate")  # fmt: skip
 
 
@@ -304,13 +304,17 @@ class MemFilter:
         if not unread:
             return
         keep, finite = unread[0].read().bool()
-        _require_finite(finite, self.verdict.keys)
+        _require_finite("text norm", finite, self.verdict.keys)
         self._kept_in_step = (self._kept_in_step or 0) + int(keep.sum())
         if self.evidence is None:
             return
         checked, timesteps, norm, cosine = unread[1].read()
         unknown = torch.full_like(norm, math.nan)
-        loss, gain = unread[2].read() if len(unread) > 2 else (unknown, unknown)
+        loss, gain = unknown, unknown
+        if len(unread) > 2:
+            loss, gain = unread[2].read()
+            # not every sample has a norm by which it could be told
+            _require_finite("loss", loss.isfinite() | (self._rows[-1][0] < 0), self.verdict.keys)
         found = {"norm": norm, "loss": loss, "cosine": cosine, "gain": gain}
         signals = torch.stack([found[name] for name in SIGNALS], 1)  # [B, S]
         free = torch.tensor([name == "loss" for name in SIGNALS])

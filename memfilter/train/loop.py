@@ -272,7 +272,7 @@ class Trainer:
             if dataset.experiment.duplicate is None:
                 raise ConfigError("filter.method=oracle needs an index that tells the duplicates")
             passes_over = lambda positions: dataset.experiment.duplicate[[dataset.stream.row(p) for p in positions]]  # noqa: E731
-        elif evidence is not None:
+        elif config.filter.replace and config.filter.method in ("evidence", "sightings"):
             passes_over = lambda positions: evidence.passes_over(  # noqa: E731
                 evidence.slots([dataset.shared_key(dataset.stream.row(p)) for p in positions])
             ).numpy()

@@ -36,29 +36,17 @@ def base(tmp_path_factory):
 @pytest.fixture(scope="module")
 def calibration(base, scenes_dir, tmp_path_factory):
     out = tmp_path_factory.mktemp("calibration") / "calibration.json"
-    settings = [f"--model.path={base}", f"--data.path={scenes_dir}", f"--out={out}", "--keys=30", "--looks=12"]
+    settings = [f"--model.path={base}", f"--data.path={scenes_dir}", f"--out={out}", "--keys=24", "--looks=20"]
     assert memfilter(["calibrate", *settings]) == 0
     return out
 
 
 @pytest.fixture(scope="module")
-def suspicious(calibration, tmp_path_factory):
-    """A calibration by which every sample is memorized: the errors in it are a thousand times those of the model."""
-    content = json.loads(calibration.read_text())
-    loss = content["signals"].index("loss")
-    for key in content["values"]:
-        for look in key:
-            look[loss] *= 1000
-    (out := tmp_path_factory.mktemp("suspicious") / "calibration.json").write_text(json.dumps(content))
-    return out
-
-
-@pytest.fixture(scope="module")
 def index(scenes_dir, tmp_path_factory):
-    """Of twelve samples that come again and again."""
+    """Of six samples that come again and again."""
     out = tmp_path_factory.mktemp("index") / "index.parquet"
-    roles, repeats = ["duplicate"] * 4 + ["distinct"] * 8, [10] * 4 + [5] * 8
-    pq.write_table(pa.table({"key": Shards.open(scenes_dir).keys()[:12], "role": roles, "repeats": repeats}), out)
+    columns = {"key": Shards.open(scenes_dir).keys()[:6], "role": ["duplicate"] * 2 + ["distinct"] * 4, "repeats": [10] * 6}
+    pq.write_table(pa.table(columns), out)
     return out
 
 
@@ -69,9 +57,9 @@ def settings(base, scenes_dir, index, calibration):
     def make(run, *more) -> list[str]:
         given = [
             f"--run_dir={run}", f"--model.path={base}", f"--data.path={scenes_dir}", f"--data.index={index}",
-            "--filter.method=evidence", f"--filter.calibration={calibration}", "--filter.false_flag_rate=0.4",
-            "--filter.half_life=4", "--filter.window=40", f"--data.caption_dropout={CAPTION_DROPOUT}",
-            f"--train.samples={SAMPLES}", f"--train.batch_size={BATCH}", "--train.learning_rate=1e-3",
+            "--filter.method=evidence", f"--filter.calibration={calibration}", "--filter.false_flag_rate=0.7",
+            "--filter.half_life=2", "--filter.window=20", f"--data.caption_dropout={CAPTION_DROPOUT}",
+            f"--train.samples={SAMPLES}", f"--train.batch_size={BATCH}", "--train.learning_rate=1e-4",
             "--train.ema_half_life=50", "--log.every=20", "--log.gallery=4",
         ]  # fmt: skip
         replaced = {setting.partition("=")[0] for setting in more}
@@ -117,6 +105,9 @@ def checkpoints(run) -> list[Path]:
 def weights(run) -> dict[str, torch.Tensor]:
     return load_file(run / "pipeline" / "unet" / "diffusion_pytorch_model.safetensors")
 
+
+# the model learns, and the reference, that of the beginning, finds that it knows everything better and better
+UNFOLLOWED = ("--train.learning_rate=1e-3", "--filter.window=100000", "--filter.half_life=4")
 
 # to the end, at once and after a kill
 
@@ -262,8 +253,7 @@ def test_oracle_trains_on_no_duplicate_and_makes_no_null_pass(settings, tmp_path
 
 def test_timestep_rule_drops_what_is_improbable_at_its_timestep(settings, tmp_path):
     rate = 0.13  # no p-value is as large, up to rounding
-    still = "--train.learning_rate=1e-5"  # so that norms stay those of the calibration
-    run(settings(tmp_path / "run", "--filter.method=timestep", f"--filter.false_positive_rate={rate}", still))
+    run(settings(tmp_path / "run", "--filter.method=timestep", f"--filter.false_positive_rate={rate}"))
     rows = audit(tmp_path / "run")
     assert [row["position"] for row in rows] == list(range(SAMPLES))
     looked = [row for row in rows if row["text_norm"] is not None]
@@ -275,11 +265,11 @@ def test_timestep_rule_drops_what_is_improbable_at_its_timestep(settings, tmp_pa
 
 
 def test_tau_writes_down_what_it_checked_and_nothing_of_evidence(settings, tmp_path):
-    run(settings(tmp_path / "run", "--filter.method=tau", "--filter.tau=0.9"))
+    run(settings(tmp_path / "run", "--filter.method=tau", "--filter.tau=1.3"))
     rows = audit(tmp_path / "run")
     checked = [p for p in range(SAMPLES) if not sampler.caption_dropped(0, p, CAPTION_DROPOUT)]
     assert [row["position"] for row in rows] == checked and len(checked) < SAMPLES
-    assert [row["keep"] for row in rows] == [row["text_norm"] < np.float32(0.9) for row in rows]
+    assert [row["keep"] for row in rows] == [row["text_norm"] < np.float32(1.3) for row in rows]
     assert {row["keep"] for row in rows} == {True, False}
     assert all(row[name] is None for row in rows for name in ("p_value", "evidence", "loss", "cosine", "gain", "skipped"))
 
@@ -332,11 +322,11 @@ def test_picture_that_cannot_be_read_is_excluded_and_adds_no_evidence(settings, 
     assert set(used) == set(KeyTable().slots([key for key in keys if key != keys[2]]).tolist())
 
 
-def test_stream_that_cannot_be_looked_ahead_in_masks_what_is_flagged(settings, suspicious, tmp_path):
-    data = prepare_scenes(tmp_path / "scenes", seed=6, duplicates=0, distinct=8)
-    streamed = (f"--data.path={data}", "--data.streaming=webdataset", f"--filter.calibration={suspicious}")
-    arguments = [s for s in settings(tmp_path / "run", *streamed) if not s.startswith("--data.index")]
-    summary = run(arguments)
+def test_stream_that_cannot_be_looked_ahead_in_masks_what_is_flagged(settings, tmp_path):
+    data = prepare_scenes(tmp_path / "scenes", seed=6, duplicates=0, distinct=6)
+    more = (f"--data.path={data}", "--data.streaming=webdataset", *UNFOLLOWED)
+    arguments = settings(tmp_path / "run", *more)
+    summary = run([setting for setting in arguments if not setting.startswith("--data.index")])
     rows = audit(tmp_path / "run")
     assert [row["position"] for row in rows] == list(range(SAMPLES))
     assert all(row["loss"] is not None for row in rows)
@@ -349,10 +339,10 @@ def test_stream_that_cannot_be_looked_ahead_in_masks_what_is_flagged(settings, s
 
 
 @pytest.mark.parametrize("rule", ["evidence", "sightings"])
-def test_run_in_which_everything_is_flagged_ends_and_says_what_to_do(command, settings, suspicious, tmp_path, rule):
+def test_run_in_which_everything_is_flagged_ends_and_says_what_to_do(command, settings, tmp_path, rule):
     more = {
-        "evidence": [f"--filter.calibration={suspicious}", "--filter.window=100000"],
-        "sightings": ["--filter.method=sightings", "--filter.sightings=2"],
+        "evidence": UNFOLLOWED,
+        "sightings": ("--filter.method=sightings", "--filter.sightings=2"),
     }[rule]
     code, errors = command(settings(tmp_path / "run", *more, "--train.samples=2000", "--filter.max_empty_steps=20"))
     assert code == 1
