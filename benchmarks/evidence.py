@@ -87,20 +87,25 @@ def _code(path: Path) -> bytes:
     return ast.dump(tree).encode()
 
 
-def prepare(work: Path, scenario: str, seed: int) -> Path:
+def place(work: Path, scenario: str, seed: int) -> Path:
+    """Directory of the scenes of a scenario and seed; its runs stand beside it."""
+    made = hashlib.sha256(repr(SCENARIOS[scenario]).encode()).hexdigest()[:6]
+    return work / f"{scenario}{seed}-{made}" / "scenes"
+
+
+def prepare(work: Path, scenario: str, seed: int) -> None:
     """Scenes of a scenario and seed, with groups of near duplicates, and their encodings."""
-    scenes, arguments = work / f"{scenario}{seed}" / "scenes", SCENARIOS[scenario][0]
+    scenes, arguments = place(work, scenario, seed), SCENARIOS[scenario][0]
     if not scenes.exists():
         _call(scenes, "-m", "memfilter.cli", "prepare", "scenes", str(scenes), f"--seed={seed}", "--duplicates=20", *arguments)
         _call(scenes, "-m", "memfilter.cli", "prepare", "groups", str(scenes), "--processes=1")
     cache = scenes.with_name("cache")
     _call(scenes, "-m", "memfilter.cli", "cache", f"--data.path={scenes}", f"--data.cache={cache}")
-    return scenes
 
 
 def run(work: Path, scenario: str, seed: int, method: tuple[str, str]) -> dict:
     """Trains and evaluates one setting; its row of the table, without the ratio of times."""
-    scenes = work / f"{scenario}{seed}" / "scenes"
+    scenes = place(work, scenario, seed)
     name = "-".join(part.replace(" ", "_").replace("=", "") for part in method if part)
     out = scenes.with_name(f"{name}-{recipe(scenario, method)}")
     if not (out / "evaluation.json").exists():

@@ -170,7 +170,7 @@ def draw_pictures(work: Path, out: Path, scenario: str, seed: int, prompts: int 
     import matplotlib.pyplot as plt
 
     wanted = {"no filter": "none-*", "tau 5": "tau-5-*", "evidence": "evidence-with_savings-*", "oracle": "oracle-*"}
-    found = {name: sorted((work / f"{scenario}{seed}").glob(f"{pattern}/evaluation.npz")) for name, pattern in wanted.items()}
+    found = {name: sorted(work.glob(f"{scenario}{seed}-*/{pattern}/evaluation.npz")) for name, pattern in wanted.items()}
     found = {name: paths[-1] for name, paths in found.items() if paths}
     if len(found) < 2:
         return False

@@ -19,6 +19,8 @@ NATURAL = ((-1,), (0, 8))
 FACTOR = ((0.0, -1e-9, -1.0, math.inf, math.nan), (1e-9, 3.0))
 AMOUNT = ((-1e-9, -1.0, math.inf, math.nan), (0.0, 3.0))
 SHARE = ((-0.01, 1.0, 1.5, math.nan), (0.0, 0.99))
+RATE = ((-0.01, 0.0, 1.0, 1.5, math.nan), (0.01, 0.99))
+PART = ((-0.01, 0.0, 1.01, math.inf, math.nan), (0.01, 1.0))
 RANGES = {
     "model.lora_rank": COUNT,
     "model.lora_alpha": FACTOR,
@@ -30,6 +32,16 @@ RANGES = {
     "data.workers": NATURAL,
     "filter.tau": ((0.0, -1.0, -math.inf, math.nan), (1e-9, 4.0, math.inf)),
     "filter.max_empty_steps": COUNT,
+    "filter.false_positive_rate": RATE,
+    "filter.false_flag_rate": RATE,
+    "filter.half_life": FACTOR,
+    "filter.gate": ((math.nan,), (-math.inf, 0.5, math.inf)),
+    "filter.below": PART,
+    "filter.window": COUNT,
+    "filter.reference_share": PART,
+    "filter.reference_size": COUNT,
+    "filter.table_size": COUNT,
+    "filter.sightings": COUNT,
     "train.samples": COUNT,
     "train.batch_size": COUNT,
     "train.accumulation": COUNT,
@@ -287,7 +299,8 @@ def test_null_is_refused_where_nothing_says_that_it_may_stand(tmp_path):
                 assert f"{section.name}.{setting.name}" in str(error)
     assert passed == [
         "model.variant", "model.revision", "model.lora_rank", "model.lora_alpha", "data.streaming", "data.index",
-        "data.resolution", "data.cache", "filter.tau", "train.lr_rules", "train.snr_gamma", "train.compile",
+        "data.resolution", "data.cache", "filter.tau", "filter.calibration", "filter.window", "train.lr_rules",
+        "train.snr_gamma", "train.compile",
     ]  # fmt: skip
 
 

@@ -22,7 +22,7 @@ class Judge:
     def __init__(self):
         self.calls = []
 
-    def __call__(self, cond, null, timesteps):
+    def __call__(self, cond, null, timesteps, rows):
         self.calls.append((cond, null, timesteps))
         norm = torch.zeros(len(cond)) if null is None else text_norm(cond, null)
         return norm, torch.ones(len(cond), dtype=torch.bool)

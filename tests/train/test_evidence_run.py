@@ -25,7 +25,6 @@ from memfilter.evidence import KeyTable
 from memfilter.train.loop import Trainer, train
 
 SAMPLES, BATCH, EVERY, CAPTION_DROPOUT = 180, 4, 20, 0.05
-MEASURED = ("text_norm", "p_value", "loss", "cosine", "gain")
 
 
 @pytest.fixture(scope="module")
@@ -179,7 +178,7 @@ def test_audit_has_a_row_for_each_sample_of_the_stream_and_says_why_there_was_no
     left = set(range(SAMPLES)) - set(positions)
     assert len(left) < BATCH and min(left, default=SAMPLES) > max(row["position"] for row in rows if row["loss"] is not None)
     assert {row["skipped"] for row in rows} == {None, "flagged", "caption dropped", "high noise", "no evidence"}
-    assert (launching.lines(whole() / "metrics.jsonl")[-1]["samples"]) == SAMPLES
+    assert launching.lines(whole() / "metrics.jsonl")[-1]["samples"] == SAMPLES
 
 
 def test_metrics_tell_how_many_are_flagged_readmitted_and_looked_at(whole):
@@ -248,28 +247,29 @@ def test_oracle_trains_on_no_duplicate_and_makes_no_null_pass(settings, tmp_path
     rows = audit(tmp_path / "run")
     assert {row["position"] for row in rows} == duplicates
     assert all((row["keep"], row["skipped"], row["duplicate"]) == (False, "flagged", True) for row in rows)
-    assert summary["filter/drop_rate_duplicates"] == 1 and summary["filter/drop_rate_distinct"] == 0
+    drop_rates = [summary.get(f"filter/drop_rate{group}") for group in ("_duplicates", "_distinct", "")]
+    assert drop_rates == [1, 0, pytest.approx(len(duplicates) / (len(duplicates) + len(positions)))]
 
 
 def test_timestep_rule_drops_what_is_improbable_at_its_timestep(settings, tmp_path):
-    rate = 0.13  # no p-value is as large, up to rounding
-    run(settings(tmp_path / "run", "--filter.method=timestep", f"--filter.false_positive_rate={rate}"))
+    rate, still = 0.33, "--train.learning_rate=1e-5"
+    run(settings(tmp_path / "run", "--filter.method=timestep", f"--filter.false_positive_rate={rate}", still))
     rows = audit(tmp_path / "run")
     assert [row["position"] for row in rows] == list(range(SAMPLES))
     looked = [row for row in rows if row["text_norm"] is not None]
     assert [row["p_value"] is not None for row in rows] == [row["text_norm"] is not None for row in rows]
     assert [not row["keep"] for row in looked] == [row["p_value"] <= rate for row in looked]
-    assert 0.02 < np.mean([not row["keep"] for row in looked]) < 0.5
+    assert 0.1 < np.mean([not row["keep"] for row in looked]) < 0.6
     others = [row for row in rows if row["text_norm"] is None]
     assert others and all(row["keep"] and row["skipped"] == "caption dropped" for row in others)
 
 
 def test_tau_writes_down_what_it_checked_and_nothing_of_evidence(settings, tmp_path):
-    run(settings(tmp_path / "run", "--filter.method=tau", "--filter.tau=1.3"))
+    run(settings(tmp_path / "run", "--filter.method=tau", "--filter.tau=1.2", "--train.samples=80"))
     rows = audit(tmp_path / "run")
-    checked = [p for p in range(SAMPLES) if not sampler.caption_dropped(0, p, CAPTION_DROPOUT)]
-    assert [row["position"] for row in rows] == checked and len(checked) < SAMPLES
-    assert [row["keep"] for row in rows] == [row["text_norm"] < np.float32(1.3) for row in rows]
+    checked = [position for position in range(80) if not sampler.caption_dropped(0, position, CAPTION_DROPOUT)]
+    assert [row["position"] for row in rows] == checked and len(checked) < 80
+    assert [row["keep"] for row in rows] == [row["text_norm"] < np.float32(1.2) for row in rows]
     assert {row["keep"] for row in rows} == {True, False}
     assert all(row[name] is None for row in rows for name in ("p_value", "evidence", "loss", "cosine", "gain", "skipped"))
 
@@ -313,13 +313,14 @@ def test_picture_that_cannot_be_read_is_excluded_and_adds_no_evidence(settings, 
     columns = {"key": keys, "role": ["distinct"] * 6, "repeats": [10] * 6}
     pq.write_table(pa.table(columns), data / "index.parquet")
     more = (f"--data.path={data}", f"--data.index={data / 'index.parquet'}", "--data.max_bad_share=0.5")
-    summary = run(settings(tmp_path / "run", *more, "--train.samples=120", "--checkpoint.every=120"))
+    summary = run(settings(tmp_path / "run", *more, "--train.samples=120", "--checkpoint.every=40"))
     bad = [row for row in audit(tmp_path / "run") if row["key"] == keys[2]]
     assert len(bad) > 10 and summary["filter/excluded"] == len(bad)
     assert all((row["keep"], row["skipped"], row["evidence"]) == (False, "excluded", None) for row in bad)
-    assert all(row[name] is None for row in bad for name in MEASURED)
+    assert all(row[name] is None for row in bad for name in ("text_norm", "p_value", "cosine", "gain"))
     used = load_file(checkpoints(tmp_path / "run")[-1] / "evidence.safetensors")["used"].tolist()
     assert set(used) == set(KeyTable().slots([key for key in keys if key != keys[2]]).tolist())
+    assert all(row["loss"] is None for row in bad)  # that of what stands in its place is none of its own
 
 
 def test_stream_that_cannot_be_looked_ahead_in_masks_what_is_flagged(settings, tmp_path):
