@@ -469,6 +469,22 @@ def test_broken_sample_is_named_and_the_step_after_it_is_taken_in(tiny_unet, tin
     assert evidence.counts.sum(1)[evidence.slots(KEYS), LOSS].max() == 1
 
 
+@pytest.mark.parametrize("state", ["shown", "flagged", "without caption"])
+def test_broken_sample_is_named_though_nobody_looked_at_it(tiny_unet, tiny_batch, state):
+    # be it left out of the loss: times 0 its gradient is NaN still
+    evidence = evidence_of()
+    let_see(evidence, "bee")
+    if state == "flagged":
+        flag(evidence, "dog")
+    mem_filter = MemFilter(evidence=evidence)
+    unet = mem_filter.wrap(tiny_unet(), null=NULL)
+    x, t, e, target = tiny_batch(size=6)
+    x[3] = NAN
+    without = [state == "without caption" and key == "dog" for key in KEYS]
+    with pytest.raises(NonFiniteNorm, match=r"loss of 1 of 6 samples.*\(dog\)"):
+        step(mem_filter, unet, adamw(unet), (x, t, e, target), caption_dropped=without)
+
+
 def test_forwards_that_are_no_training_take_no_part(tiny_unet, tiny_batch):
     evidence = evidence_of(gate=-math.inf)
     mem_filter = MemFilter(evidence=evidence)

@@ -101,5 +101,6 @@ def test_rate_at_which_nothing_could_ever_be_dropped_is_refused_with_what_it_nee
 def test_smallest_rate_that_a_reference_allows_is_taken_and_drops_what_is_above_all_of_it(size):
     made = Reference(size, bins=1)
     made.add(torch.zeros(size), norms(torch.arange(1.0, size + 1)))
-    keep = TimestepThreshold(made, 1 / (size + 1))(torch.tensor([size, size + 0.5]), torch.zeros(2))
-    assert keep.tolist() == [True, False]
+    largest = torch.tensor(float(size))
+    norm = torch.stack([largest, largest.nextafter(torch.tensor(math.inf)), largest + 0.5])
+    assert TimestepThreshold(made, 1 / (size + 1))(norm, torch.zeros(3)).tolist() == [True, False, False]

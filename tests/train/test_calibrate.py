@@ -1,4 +1,4 @@
-"""`memfilter calibrate`: what it finds, redone with the stock pipeline and numpy; what it writes, and what it refuses."""
+"""`memfilter calibrate`: what it finds, redone with the stock pipeline and numpy; what it writes; what it refuses."""
 
 import json
 import shutil
@@ -13,6 +13,7 @@ import torch.distributed as dist
 from accelerate import debug_launcher
 from diffusers import DDPMScheduler, DiffusionPipeline
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 from memfilter.arguments import parse
 from memfilter.calibration import Calibration
@@ -151,7 +152,8 @@ def test_signals_are_those_of_the_stock_pipeline(calibrated, bases, scenes_dir, 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_calibration_says_what_it_was_made_with_and_serves_as_ground(calibrated, bases, family):
     calibration = Calibration.load(calibrated(family))
-    expected = {"prediction_type": FAMILIES[family], "num_train_timesteps": 1000, "resolution": RESOLUTION, "unit": "l2"}
+    expected = {"prediction_type": FAMILIES[family], "num_train_timesteps": 1000, "resolution": RESOLUTION}
+    expected |= {"unit": "l2"}
     assert calibration.about == expected | {"model": family}
     calibration.require(**expected)
     positions = np.arange(KEYS * LOOKS).reshape(LOOKS, KEYS).T
@@ -220,7 +222,8 @@ def test_help_is_printed_and_ends_with_0(capsys):
         command(["calibrate", "--help"])
     assert stop.value.code == 0
     printed = capsys.readouterr().out
-    assert all(words in printed for words in ("memfilter calibrate --config", "--keys", "--looks", "--out", "--filter.calibration"))
+    for words in ("memfilter calibrate --config", "--keys", "--looks", "--out", "--filter.calibration"):
+        assert words in printed
 
 
 def test_more_samples_than_are_clean_are_refused(settings, refused, tmp_path):
@@ -257,6 +260,14 @@ def test_sample_that_cannot_be_read_is_named(settings, refused, tmp_path, scenes
     (data / f"{key}.png").write_bytes(b"no picture")
     error = refused(settings(tmp_path / "out.json", "sd1", f"--data.path={data}"))
     assert error.startswith("calibrate meets a sample that cannot be read: ") and repr(key) in error
+    assert not (tmp_path / "out.json").exists()
+
+
+def test_model_whose_predictions_are_no_numbers_is_refused(settings, refused, tmp_path, bases):
+    broken = shutil.copytree(bases("sd1"), tmp_path / "broken")
+    weights = load_file(path := broken / "unet" / "diffusion_pytorch_model.safetensors")
+    save_file(weights | {"conv_out.bias": torch.full((4,), torch.nan)}, path)
+    assert "finite" in refused(settings(tmp_path / "out.json", "sd1", f"--model.path={broken}"))
     assert not (tmp_path / "out.json").exists()
 
 

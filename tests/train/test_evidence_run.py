@@ -19,12 +19,14 @@ from memfilter.arguments import parse
 from memfilter.cli import main as memfilter
 from memfilter.data import sampler
 from memfilter.data.experiment import Experiment, prepare_scenes
+from memfilter.data.feed import Feed
 from memfilter.data.sampler import SampleStream
 from memfilter.data.shards import Shards
 from memfilter.evidence import KeyTable
 from memfilter.train.loop import Trainer, train
 
 SAMPLES, BATCH, EVERY, CAPTION_DROPOUT = 180, 4, 20, 0.05
+STREAMED = "--data.streaming=webdataset"
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +46,8 @@ def calibration(base, scenes_dir, tmp_path_factory):
 def index(scenes_dir, tmp_path_factory):
     """Of six samples that come again and again."""
     out = tmp_path_factory.mktemp("index") / "index.parquet"
-    columns = {"key": Shards.open(scenes_dir).keys()[:6], "role": ["duplicate"] * 2 + ["distinct"] * 4, "repeats": [10] * 6}
+    keys, roles = Shards.open(scenes_dir).keys()[:6], ["duplicate"] * 2 + ["distinct"] * 4
+    columns = {"key": keys, "role": roles, "repeats": [10] * 6}
     pq.write_table(pa.table(columns), out)
     return out
 
@@ -61,7 +64,7 @@ def settings(base, scenes_dir, index, calibration):
             f"--train.samples={SAMPLES}", f"--train.batch_size={BATCH}", "--train.learning_rate=1e-4",
             "--train.ema_half_life=50", "--log.every=20", "--log.gallery=4",
         ]  # fmt: skip
-        replaced = {setting.partition("=")[0] for setting in more}
+        replaced = {setting.partition("=")[0] for setting in more} | ({"--data.index"} if STREAMED in more else set())
         return [setting for setting in given if setting.partition("=")[0] not in replaced] + list(more)
 
     return make
@@ -154,6 +157,18 @@ def test_run_that_is_killed_and_goes_on_ends_in_the_same_weights_verdicts_and_fl
     assert load_file(tables[0])["totals"].min() > 0  # flags and re-admissions
 
 
+def test_feed_that_had_come_to_its_end_is_at_its_end_when_it_goes_on():
+    flagged = {17}
+    settings = {"end": 20, "forward_samples": 4, "passes_over": lambda positions: np.isin(positions, list(flagged))}
+    feed = Feed(0, **settings)
+    assert len(list(feed)) == 4 and feed.rest == [17]  # all of it read ahead
+    for _ in range(3):
+        feed.taken()
+    flagged.clear()  # meanwhile re-admitted, for which it is too late
+    again = Feed(12, **settings, pending=feed.state())
+    assert list(again) == [[12, 13, 14, 15]] and again.rest == [17]
+
+
 def test_audit_has_a_row_for_each_sample_of_the_stream_and_says_why_there_was_no_look(whole, scenes_dir, index):
     rows, stream = audit(whole()), SampleStream(Experiment.read(index).virtual(), seed=0)
     experiment = Experiment.read(index)
@@ -175,8 +190,8 @@ def test_audit_has_a_row_for_each_sample_of_the_stream_and_says_why_there_was_no
     positions = [row["position"] for row in rows]
     assert positions == sorted(set(positions))
     # what is left at the end is too little for a step
-    left = set(range(SAMPLES)) - set(positions)
-    assert len(left) < BATCH and min(left, default=SAMPLES) > max(row["position"] for row in rows if row["loss"] is not None)
+    left, shown = set(range(SAMPLES)) - set(positions), [row["position"] for row in rows if row["loss"] is not None]
+    assert len(left) < BATCH and min(left, default=SAMPLES) > max(shown)
     assert {row["skipped"] for row in rows} == {None, "flagged", "caption dropped", "high noise", "no evidence"}
     assert launching.lines(whole() / "metrics.jsonl")[-1]["samples"] == SAMPLES
 
@@ -191,7 +206,8 @@ def test_metrics_tell_how_many_are_flagged_readmitted_and_looked_at(whole):
     for row in rows:
         assert row["filter/keys_flagged"] == row["filter/flags"] - row["filter/readmissions"]
     assert rows[-1]["filter/keys_flagged"] > 0 and rows[-1]["filter/readmissions"] > 0
-    flagged = {int(path.name): load_file(path / "evidence.safetensors")["flagged"].sum() for path in checkpoints(run_dir)}
+    tables = {int(path.name): load_file(path / "evidence.safetensors") for path in checkpoints(run_dir)}
+    flagged = {samples: table["flagged"].sum() for samples, table in tables.items()}
     both = [row for row in rows if row["samples"] in flagged]
     assert both and all(row["filter/keys_flagged"] == flagged[row["samples"]] for row in both)
     # a key that is trained on again was re-admitted
@@ -271,7 +287,8 @@ def test_tau_writes_down_what_it_checked_and_nothing_of_evidence(settings, tmp_p
     assert [row["position"] for row in rows] == checked and len(checked) < 80
     assert [row["keep"] for row in rows] == [row["text_norm"] < np.float32(1.2) for row in rows]
     assert {row["keep"] for row in rows} == {True, False}
-    assert all(row[name] is None for row in rows for name in ("p_value", "evidence", "loss", "cosine", "gain", "skipped"))
+    of_evidence = ("p_value", "evidence", "loss", "cosine", "gain", "skipped")
+    assert all(row[name] is None for row in rows for name in of_evidence)
 
 
 # what shares evidence
@@ -325,9 +342,7 @@ def test_picture_that_cannot_be_read_is_excluded_and_adds_no_evidence(settings, 
 
 def test_stream_that_cannot_be_looked_ahead_in_masks_what_is_flagged(settings, tmp_path):
     data = prepare_scenes(tmp_path / "scenes", seed=6, duplicates=0, distinct=6)
-    more = (f"--data.path={data}", "--data.streaming=webdataset", *UNFOLLOWED)
-    arguments = settings(tmp_path / "run", *more)
-    summary = run([setting for setting in arguments if not setting.startswith("--data.index")])
+    summary = run(settings(tmp_path / "run", f"--data.path={data}", STREAMED, *UNFOLLOWED))
     rows = audit(tmp_path / "run")
     assert [row["position"] for row in rows] == list(range(SAMPLES))
     assert all(row["loss"] is not None for row in rows)
@@ -356,22 +371,19 @@ def test_run_in_which_everything_is_flagged_ends_and_says_what_to_do(command, se
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        (["--filter.calibration=null"], "filter.method=evidence needs filter.calibration: make one with `memfilter calibrate"),
+        (["--filter.calibration=null"], "filter.method=evidence needs filter.calibration: make one with `memfilter "),
         (["--filter.calibration=nowhere.json"], "filter.calibration: nowhere.json is no calibration ("),
         (["--data.resolution=32"], "filter.calibration was made with resolution 16, the run has 32: make another one"),
         (["--filter.unit=rms"], "filter.calibration was made with unit 'l2', the run has 'rms': make another one"),
         (["--filter.false_flag_rate=0.001"], "filter.false_flag_rate=0.001 needs at least 999 clean keys"),
-        (["--filter.method=timestep", "--filter.false_positive_rate=0.001"], "filter.false_positive_rate=0.001 needs a "),
+        (["--filter.method=timestep", "--filter.false_positive_rate=0.001"], "filter.false_positive_rate=0.001 needs"),
         (["--filter.key=content"], "filter.key=content needs a column group in the index"),
-        (["--filter.key=content", "--data.streaming=webdataset"], "data.streaming=webdataset and filter.key=content exclude"),
-        (["--filter.method=oracle", "--data.streaming=webdataset"], "data.streaming=webdataset and filter.method=oracle "),
+        (["--filter.key=content", STREAMED], "data.streaming=webdataset and filter.key=content exclude each other"),
+        (["--filter.method=oracle", STREAMED], "data.streaming=webdataset and filter.method=oracle exclude each other"),
     ],
 )
 def test_what_cannot_be_judged_is_told_in_one_line_before_the_run(command, settings, tmp_path, more, message):
-    arguments = settings(tmp_path / "run", *more)
-    if "--data.streaming=webdataset" in more:
-        arguments = [setting for setting in arguments if not setting.startswith("--data.index")]
-    code, errors = command(arguments)
+    code, errors = command(settings(tmp_path / "run", *more))
     assert code == 1
     (error,) = errors
     assert error.startswith(message)
@@ -382,7 +394,8 @@ def test_calibration_of_another_prediction_type_is_refused(command, settings, tm
     other = tiny.save_pipeline(tmp_path / "v", "sd1", "v_prediction")
     code, errors = command(settings(tmp_path / "run", f"--model.path={other}"))
     assert code == 1
-    assert errors == ["filter.calibration was made with prediction_type 'epsilon', the run has 'v_prediction': make another one"]
+    found = "prediction_type 'epsilon', the run has 'v_prediction'"
+    assert errors == [f"filter.calibration was made with {found}: make another one"]
 
 
 def test_oracle_without_an_index_is_refused(command, settings, tmp_path, scenes_dir):
