@@ -60,6 +60,7 @@ EVALUATE = {"distinct": 40, "seeds": 4, "steps": 10, "guidance_scale": 4.0}
 COLUMNS = ["scenario", "method", "setting", "seed", "memorization_rate", "distinct_dropped", "agreement_duplicates",
            "agreement_distinct", "passes", "time_ratio", "copy_similarity", "seed_agreement", "memorization_rate_distinct",
            "duplicates_dropped", "seconds", "recipe"]  # fmt: skip
+TRAINED = "cpu_seconds"  # file of a run that is trained
 TEXT = ("scenario", "method", "setting", "recipe")
 
 
@@ -109,7 +110,8 @@ def run(work: Path, scenario: str, seed: int, method: tuple[str, str]) -> dict:
     name = "-".join(part.replace(" ", "_").replace("=", "") for part in method if part)
     out = scenes.with_name(f"{name}-{recipe(scenario, method)}")
     if not (out / "evaluation.json").exists():
-        shutil.rmtree(out, ignore_errors=True)
+        if not (out / TRAINED).exists():
+            shutil.rmtree(out, ignore_errors=True)
         shared = ["--filter.key=content"] if scenario == "c" and method[0] in BY_KEY else []
         settings = ["--config", "configs/evidence.yaml", f"--run_dir={out}", f"--data.path={scenes}", f"--train.seed={seed}",
                     f"--data.cache={scenes.with_name('cache')}", f"--train.samples={SCENARIOS[scenario][1]}",
@@ -136,7 +138,7 @@ def run(work: Path, scenario: str, seed: int, method: tuple[str, str]) -> dict:
     row = {name: round(value, 4) if isinstance(value, float) else value for name, value in row.items()}
     print(f"done: {scenario} {seed} {' '.join(method)}: memorized {row['memorization_rate']}, "
           f"distinct dropped {row['distinct_dropped']}, agreement {row['agreement_distinct']}", flush=True)  # fmt: skip
-    return row | {"seconds": float((out / "cpu_seconds").read_text()), "recipe": recipe(scenario, method)}
+    return row | {"seconds": float((out / TRAINED).read_text()), "recipe": recipe(scenario, method)}
 
 
 def job(settings: list[str], near_copies: int) -> None:
@@ -149,10 +151,12 @@ def job(settings: list[str], near_copies: int) -> None:
     from memfilter.train.loop import Trainer
 
     config = parse(settings)
-    trainer, run_dir = Trainer(config), Path(config.run_dir)
-    began = time.process_time()
-    trainer.run(progress=False)
-    (run_dir / "cpu_seconds").write_text(f"{time.process_time() - began:.1f}")
+    run_dir = Path(config.run_dir)
+    if not (run_dir / TRAINED).exists():
+        trainer = Trainer(config)
+        began = time.process_time()
+        trainer.run(progress=False)
+        (run_dir / TRAINED).write_text(f"{time.process_time() - began:.1f}")
     evaluate_run(run_dir, near_copies=near_copies, progress=False, **EVALUATE)
 
 

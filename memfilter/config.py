@@ -112,7 +112,7 @@ class FilterConfig:
         reference_share: of the samples, which pay for the reference with a null pass once in a window; all do where the
             null pass is made for all.
         reference_size: values of the reference for each signal and bin of timesteps.
-        table_size: places in the table of samples, of about 30 bytes; samples whose hashes meet share evidence.
+        table_size: places in the table of samples, of 57 bytes each; samples whose hashes meet share evidence.
         sightings: of method=sightings.
     """
 
@@ -390,7 +390,7 @@ def make_filter(run: Config, calibration=None):
     if config.method == "tau":
         return MemFilter(config.tau, **settings)
     if config.method == "oracle":
-        return MemFilter(None, **settings)
+        return MemFilter(None, judges_all=True, **settings)
     if config.method == "sightings":
         return MemFilter(None, evidence=Sightings(config.sightings, config.table_size), **settings)
     all_pay = config.method == "timestep" or config.gate == -math.inf

@@ -92,6 +92,7 @@ class MemFilter:
             micro-batches; `before_step` makes them so.
         unit: ``l2`` (the paper's) or ``rms``, see `text_norm`.
         max_empty_steps: so many optimizer steps in a row that keep nothing raise `EmptySteps`.
+        judges_all: whether samples without a check count as kept by a verdict, where somebody else leaves some out.
         stats: where counts go; by default ten timestep bins over 1000 timesteps.
 
     Raises:
@@ -107,6 +108,7 @@ class MemFilter:
         reduction: str = "kept",
         unit: str = "l2",
         max_empty_steps: int = 100,
+        judges_all: bool = False,
         stats: FilterStats | None = None,
     ):
         if reduction not in REDUCTIONS:
@@ -116,7 +118,7 @@ class MemFilter:
         if tau is not None and threshold is not None:
             raise ValueError(f"filter.tau={tau} and a threshold exclude each other: give one of them")
         self.threshold = threshold or FixedThreshold(math.inf if tau is None else tau, unit)
-        self.evidence, self.unit = evidence, unit
+        self.evidence, self.unit, self.judges_all = evidence, unit, judges_all
         self.active = tau is not None or threshold is not None or evidence is not None
         self.reduction = reduction
         self.max_empty_steps = max_empty_steps
@@ -221,7 +223,8 @@ class MemFilter:
         if not (dist.is_available() and dist.is_initialized() and dist.get_rank()):
             no = torch.zeros(len(timesteps), dtype=torch.bool)
             group = torch.zeros(len(no), dtype=torch.long) if duplicate is None else torch.tensor(duplicate).long() + 1
-            self.stats.add(timesteps, torch.zeros(len(no)), no, no, group, judged=~no)
+            facts = (timesteps, torch.zeros(len(no)), no, no, group)
+            self.stats.add(*(fact.to(self.stats.device) for fact in facts), judged=(~no).to(self.stats.device))
 
     def _select(self, batch_size: int) -> list[int] | None:
         """Rows of the null pass; None for all."""
@@ -280,6 +283,7 @@ class MemFilter:
         keep = (self.threshold(norm, timesteps) | ~checked) & ~excluded
         if decisions is not None:
             keep &= ~decisions.drop.to(device, non_blocking=True)
+        if decisions is not None or self.judges_all:
             judged = ~excluded
         group = torch.zeros(count, dtype=torch.long, device=device)
         if (duplicate := facts.get("duplicate")) is not None:
@@ -318,7 +322,8 @@ class MemFilter:
         found = {"norm": norm, "loss": loss, "cosine": cosine, "gain": gain}
         signals = torch.stack([found[name] for name in SIGNALS], 1)  # [B, S]
         free = torch.tensor([name == "loss" for name in SIGNALS])
-        self.verdict.signals = torch.where(checked.bool()[:, None] | free, signals, math.nan)
+        measured = checked.bool()[:, None] | (free & (self._rows[-1][0] >= 0)[:, None])
+        self.verdict.signals = torch.where(measured, signals, math.nan)
         columns = [*self._rows[-1], timesteps, keep, *self.verdict.signals.T]
         self._rows[-1] = torch.stack([column.double() for column in columns], 1)  # [B, 4 + S]; a place is exact in fp64
         self._null = None

@@ -30,6 +30,11 @@ class FilterStats:
         self._norms = torch.zeros(len(GROUPS), self.bins, len(HISTOGRAM_EDGES), dtype=torch.long)
         self._edges = torch.tensor(HISTOGRAM_EDGES)
 
+    @property
+    def device(self) -> torch.device:
+        """Where it counts now."""
+        return self._window.device
+
     def _zeros(self) -> Tensor:
         return torch.zeros(len(_FIELDS), len(GROUPS), self.bins, dtype=torch.float64)
 

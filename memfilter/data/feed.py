@@ -29,7 +29,7 @@ class Feed:
 
     Every rank draws for all of them, so that all agree without a word. Whom to pass over is asked when a batch is drawn:
     with worker processes, which read ahead, some steps before it is trained on. ``pending`` holds what was drawn and not
-    yet trained on.
+    yet trained on, always to the end of a step.
 
     Args:
         first: position to begin with.
@@ -59,50 +59,55 @@ class Feed:
         size = forward_samples // processes
         self._mine = slice(rank * size, (rank + 1) * size)
         self._passes_over = passes_over
-        self.pending: deque[MicroBatch] = deque()
-        self._replayed = [MicroBatch(**drawn) for drawn in pending]
-        gone = [p for drawn in self._replayed for p in (*drawn.positions, *drawn.passed_over)]
+        self.pending = deque(MicroBatch(**drawn) for drawn in pending)
+        gone = [p for drawn in self.pending for p in (*drawn.positions, *drawn.passed_over)]
         self._next = max([first, *(p + 1 for p in gone)])
+        self._ended = bool(self.pending) and not self.pending[-1].positions
         self.rest: list[int] = []  # positions passed over on the way to a step that never filled up
-        self.out_of_patience = False
+        if self._ended:
+            self.rest = self.pending.pop().passed_over
 
     @property
     def replaces(self) -> bool:
         """Whether anything may be passed over."""
         return self._passes_over is not None
 
-    def __iter__(self) -> Iterator[list[int]]:
-        for drawn in self._replayed:
-            self.pending.append(drawn)
-            yield drawn.positions[self._mine]
-        while (step := self._draw()) is not None:
-            positions, passed_over = step
-            for micro_batch in range(self._micro_batches):
-                part = positions[micro_batch * self._forward : (micro_batch + 1) * self._forward]
-                last = micro_batch == self._micro_batches - 1
-                self.pending.append(MicroBatch(part, passed_over if last else [], last))
-                yield part[self._mine]
+    @property
+    def out_of_patience(self) -> bool:
+        return self._patience is not None and len(self.rest) > self._patience
 
-    def _draw(self) -> tuple[list[int], list[int]] | None:
+    def __iter__(self) -> Iterator[list[int]]:
+        handed_out = list(self.pending)
+        while True:
+            for drawn in handed_out:
+                yield drawn.positions[self._mine]
+            if self._ended or not (handed_out := self._draw()):
+                return
+            self.pending.extend(handed_out)
+
+    def _draw(self) -> list[MicroBatch]:
+        """Those of the next step; none at the end."""
         wanted: list[int] = []
         passed_over: list[int] = []
         missing = size = self._forward * self._micro_batches
         while missing:
-            if missing > self._end - self._next or self.out_of_patience:
-                self.rest = passed_over
-                return None
+            impatient = self._patience is not None and len(passed_over) > self._patience
+            if impatient or missing > self._end - self._next:
+                self.rest, self._ended = passed_over, True
+                return []
             asked = np.arange(self._next, self._next + missing)
             skip = np.zeros(missing, bool) if self._passes_over is None else np.asarray(self._passes_over(asked))
             wanted += asked[~skip].tolist()
             passed_over += asked[skip].tolist()
             self._next, missing = self._next + missing, size - len(wanted)
-            self.out_of_patience = self._patience is not None and len(passed_over) > self._patience
-        return wanted, passed_over
+        parts = [wanted[start : start + self._forward] for start in range(0, size, self._forward)]
+        return [*(MicroBatch(part, [], False) for part in parts[:-1]), MicroBatch(parts[-1], passed_over, True)]
 
     def taken(self) -> MicroBatch:
         """What the batch that is trained on now was drawn as; call once for each."""
         return self.pending.popleft()
 
     def state(self) -> list[dict]:
-        """From which another feed goes on exactly, in the same layout of ranks and micro-batches."""
-        return [asdict(drawn) for drawn in self.pending]
+        """From which another feed goes on exactly, in the same layout of ranks and micro-batches and with the same end. A last
+        entry without positions says that there is no other step to come."""
+        return [asdict(drawn) for drawn in (*self.pending, *([MicroBatch([], self.rest, True)] if self.rest else []))]

@@ -21,6 +21,7 @@ from memfilter.data.sampler import SampleDataset, SampleStream, View, collate
 from memfilter.data.sources import open_data
 from memfilter.filter import MemFilter
 from memfilter.functional import log_gain, noise_factor, squared_error, text_cosine, text_norm
+from memfilter.pipelines import ModelError
 from memfilter.reference import SIGNALS
 from memfilter.train.checks import facts_of_calibration, require_suitable, resolution_of
 from memfilter.train.engine import make_accelerator
@@ -93,6 +94,8 @@ def calibrate(config: Config, out: Path, keys: int = 300, looks: int = 40, progr
             signals[start : rows.stop] = torch.stack([found[name].float().cpu() for name in SIGNALS], 1)
     timesteps = torch.stack(gather_object([timesteps])).sum(0)
     signals = torch.stack(gather_object([signals])).sum(0)
+    if not signals.isfinite().all():
+        raise ModelError(f"model.path: {config.model.path} predicts NaN or infinity for some samples")
     calibration = Calibration(
         timesteps.view(looks, keys).T,
         signals.view(looks, keys, -1).transpose(0, 1),

@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import logging
 import time
+from collections.abc import Callable
 from contextlib import closing, contextmanager, nullcontext, suppress
 from dataclasses import asdict
 from pathlib import Path
 
+import numpy as np
 import torch
 import yaml
 from accelerate.utils import gather_object
@@ -132,9 +134,8 @@ class Trainer:
         self.checkpoints = Checkpoints(self.run_dir, config.checkpoint.keep, self.accelerator, self.trained)
         if config.checkpoint.resume and (found := self.checkpoints.newest()):
             self._resume(*found)
-        self.feed = None if config.data.streaming else self._feed()
-        passing_over = self.feed is not None and self.feed.replaces
-        if not passing_over and (config.train.samples - self.seen) % self.step_samples:
+        self.feed: Feed | None = None
+        if not self._passes_over() and (config.train.samples - self.seen) % self.step_samples:
             raise ConfigError(f"train.samples: {config.train.samples - self.seen} samples are left, which must be a multiple "
                               f"of batch_size x accumulation x processes = {self.step_samples}: the last step would "
                               "weigh its samples otherwise than the rest")  # fmt: skip
@@ -234,8 +235,9 @@ class Trainer:
                     stepped_at = self.seen
         if self.seen < config.train.samples:  # what was left did not fill a step
             if self.feed.out_of_patience:
-                raise EmptySteps(f"{len(self.feed.rest)} samples in a row are of keys that are left out, after {self.seen}: "
-                                 "everything is flagged; look at audit.parquet, or lower the filter's rates")  # fmt: skip
+                setting = "lower filter.false_flag_rate" if config.filter.method == "evidence" else "raise filter.sightings"
+                raise EmptySteps(f"after {self.seen} samples, {len(self.feed.rest)} in a row are of keys that are left out: look "
+                                 f"at audit.parquet, and {setting}")  # fmt: skip
             self._pass_over(self.feed.rest)
             self.seen = config.train.samples
             self._report()
@@ -260,31 +262,40 @@ class Trainer:
         if self.config.data.streaming:
             self.dataset.first, split = self.seen, {"batch_size": self.config.train.batch_size}
         else:
+            self.feed = self._feed()
             split = {"batch_sampler": self.feed}
         workers = {"num_workers": self.config.data.workers, "worker_init_fn": leave_to_parent}
         return DataLoader(self.dataset, collate_fn=collate, **split, **workers)
 
-    def _feed(self) -> Feed:
-        """The samples that are left; those that the filter has no use for are passed over."""
-        config, dataset, evidence = self.config, self.dataset, self.mem_filter.evidence
-        passes_over = None
-        if config.filter.method == "oracle":
+    def _passes_over(self) -> Callable[[np.ndarray], np.ndarray] | None:
+        """Which positions the filter has no use for; None where it takes them all."""
+        rule, dataset, evidence = self.config.filter, self.dataset, self.mem_filter.evidence
+        if self.config.data.streaming:
+            return None
+        if rule.method == "oracle":
             if dataset.experiment.duplicate is None:
                 raise ConfigError("filter.method=oracle needs an index that tells the duplicates")
-            passes_over = lambda positions: dataset.experiment.duplicate[[dataset.stream.row(p) for p in positions]]  # noqa: E731
-        elif config.filter.replace and config.filter.method in ("evidence", "sightings"):
-            passes_over = lambda positions: evidence.passes_over(  # noqa: E731
-                evidence.slots([dataset.shared_key(dataset.stream.row(p)) for p in positions])
-            ).numpy()
+            return lambda positions: dataset.experiment.duplicate[[dataset.stream.row(p) for p in positions]]
+        if rule.method not in ("evidence", "sightings") or not rule.replace:
+            return None
+
+        def flagged(positions: np.ndarray) -> np.ndarray:
+            keys = [dataset.shared_key(dataset.stream.row(p)) for p in positions]
+            return evidence.passes_over(evidence.slots(keys)).numpy()
+
+        return flagged
+
+    def _feed(self) -> Feed:
+        """The samples that are left."""
         return Feed(
             self.seen,
-            config.train.samples,
+            self.config.train.samples,
             self.forward_samples,
-            config.train.accumulation,
+            self.config.train.accumulation,
             self.accelerator.process_index,
             self.accelerator.num_processes,
-            passes_over,
-            config.filter.max_empty_steps * self.step_samples,
+            self._passes_over(),
+            self.config.filter.max_empty_steps * self.step_samples,
             self._drawn,
         )
 
@@ -397,8 +408,9 @@ class Trainer:
         average, evidence = self.checkpoints.load(path, state)
         if evidence:
             self.mem_filter.evidence.load_state_dict(evidence)
-        split = [self.config.train.batch_size, self.config.train.accumulation, self.accelerator.num_processes]
-        before = [state["config"]["train"][name] for name in ("batch_size", "accumulation")] + [state["processes"]]
+        names = ("samples", "batch_size", "accumulation")
+        split = [getattr(self.config.train, name) for name in names] + [self.accelerator.num_processes]
+        before = [state["config"]["train"][name] for name in names] + [state["processes"]]
         if split == before:  # else what was drawn ahead is drawn again
             self._drawn = state["drawn"]
         if self.ema:

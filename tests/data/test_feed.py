@@ -1,3 +1,5 @@
+from collections import deque
+
 import json
 
 import numpy as np
@@ -33,7 +35,7 @@ def run(feeds: list[Feed]) -> tuple[list[int], list[int], list[bool]]:
             positions += drawn.positions
             passed_over += drawn.passed_over
             ends.append(drawn.ends_step)
-        assert feed.state() == []
+        assert feed.pending == deque()
         told.append((positions, passed_over, ends, feed.rest))
     assert all(one == told[0] for one in told)
     return told[0][:3]
@@ -196,7 +198,7 @@ def test_without_patience_everything_may_be_passed_over_to_the_end():
 @pytest.mark.parametrize("end", [0, 3, 7])
 def test_budget_too_small_for_a_step_gives_none(end):
     feed = Feed(0, end, 4, 2)
-    assert list(feed) == [] and feed.state() == [] and feed.rest == []
+    assert list(feed) == [] and feed.pending == deque() and feed.rest == []
 
 
 @pytest.mark.parametrize("workers", [0, 2])
