@@ -343,9 +343,6 @@ class Evidence(Census):
             needed = math.ceil(1 / false_flag_rate) - 1
             raise ValueError(f"filter.false_flag_rate={false_flag_rate} needs at least {needed} clean keys beside those of the "
                              f"reference, the calibration has {len(largest)}: calibrate with more, or raise the rate")  # fmt: skip
-        if not largest.sort().values[rank - 1] > 0:
-            raise ValueError(f"filter.calibration: at filter.false_flag_rate={false_flag_rate} any evidence at all would flag, since "
-                             "most keys have none yet after so few looks: calibrate with more looks, such as 40")  # fmt: skip
         # strictly above the quantile: one that only ties with it is not flagged
         evidence.flag_at = largest.sort().values[rank - 1].nextafter(torch.tensor(math.inf)).item()
         if settings.get("readmit_below") is None:

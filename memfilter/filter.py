@@ -322,7 +322,8 @@ class MemFilter:
         found = {"norm": norm, "loss": loss, "cosine": cosine, "gain": gain}
         signals = torch.stack([found[name] for name in SIGNALS], 1)  # [B, S]
         free = torch.tensor([name == "loss" for name in SIGNALS])
-        measured = checked.bool()[:, None] | (free & (self._rows[-1][0] >= 0)[:, None])
+        shown = torch.tensor([reason != "excluded" for reason in self.verdict.skipped])  # else it is a stand-in's loss
+        measured = checked.bool()[:, None] | (free & shown[:, None])
         self.verdict.signals = torch.where(measured, signals, math.nan)
         columns = [*self._rows[-1], timesteps, keep, *self.verdict.signals.T]
         self._rows[-1] = torch.stack([column.double() for column in columns], 1)  # [B, 4 + S]; a place is exact in fp64

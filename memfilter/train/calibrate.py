@@ -95,7 +95,7 @@ def calibrate(config: Config, out: Path, keys: int = 300, looks: int = 40, progr
     timesteps = torch.stack(gather_object([timesteps])).sum(0)
     signals = torch.stack(gather_object([signals])).sum(0)
     if not signals.isfinite().all():
-        raise ModelError(f"model.path: {config.model.path} predicts NaN or infinity for some samples")
+        raise ModelError(f"model.path: {config.model.path} gives predictions that are not finite for some samples")
     calibration = Calibration(
         timesteps.view(looks, keys).T,
         signals.view(looks, keys, -1).transpose(0, 1),

@@ -236,8 +236,8 @@ class Trainer:
         if self.seen < config.train.samples:  # what was left did not fill a step
             if self.feed.out_of_patience:
                 setting = "lower filter.false_flag_rate" if config.filter.method == "evidence" else "raise filter.sightings"
-                raise EmptySteps(f"after {self.seen} samples, {len(self.feed.rest)} in a row are of keys that are left out: look "
-                                 f"at audit.parquet, and {setting}")  # fmt: skip
+                raise EmptySteps(f"everything is flagged: after {self.seen} samples, {len(self.feed.rest)} in a row are of keys "
+                                 f"that are left out; look at audit.parquet, and {setting}")  # fmt: skip
             self._pass_over(self.feed.rest)
             self.seen = config.train.samples
             self._report()

@@ -173,6 +173,19 @@ def test_what_was_drawn_before_two_checkpoints_ago_stays_drawn_too():
     assert [p for batch in third for p in batch] == list(range(8, 32))
 
 
+@pytest.mark.parametrize("patience", [None, 50])
+def test_run_whose_last_batch_was_read_ahead_ends_where_it_would_have_ended(patience):
+    feed = Feed(0, 90, 4, 2, passes_over=lambda positions: positions >= 20, patience=patience)
+    positions = [p for batch in feed for p in batch]  # all read ahead
+    assert positions == list(range(16)) and feed.rest == list(range(20, 20 + len(feed.rest)))
+    for _ in range(2):
+        feed.taken()
+    # meanwhile everybody was readmitted
+    again = Feed(8, 90, 4, 2, patience=patience, pending=json.loads(json.dumps(feed.state())))
+    assert [p for batch in again for p in batch] == list(range(8, 16))
+    assert again.rest == feed.rest and again.out_of_patience == feed.out_of_patience == (patience == 50)
+
+
 @pytest.mark.parametrize("patience", [0, 5, 23])
 def test_patience_ends_when_more_than_so_many_are_passed_over_for_one_step(patience):
     feed = Feed(0, 10_000, 4, passes_over=lambda positions: positions >= 40, patience=patience)
