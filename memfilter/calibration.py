@@ -42,11 +42,13 @@ class Calibration:
             if content["format"] != FORMAT or content["signals"] != list(SIGNALS):
                 raise ValueError(f"expected {FORMAT!r} of {', '.join(SIGNALS)}")
             values = torch.tensor(content["values"], dtype=torch.float32)
-            timesteps = torch.tensor(content["timesteps"], dtype=torch.long)
+            timesteps, end = torch.tensor(content["timesteps"]), content["about"]["num_train_timesteps"]
+            if timesteps.is_floating_point() or not isinstance(end, int) or not ((timesteps >= 0) & (timesteps < end)).all():
+                raise ValueError(f"its timesteps are no whole numbers below num_train_timesteps={end}")
             if values.shape != (*timesteps.shape, len(SIGNALS)) or timesteps.ndim != 2 or not values.isfinite().all():
                 raise ValueError(f"{tuple(values.shape)} values for {tuple(timesteps.shape)} timesteps")
             return cls(timesteps, values, dict(content["about"]))
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
             raise CalibrationError(f"filter.calibration: {path} is no calibration ({error}): make one with "
                                    "`memfilter calibrate`") from error  # fmt: skip
 
@@ -85,7 +87,12 @@ class Calibration:
 
         Args:
             below: share of all timesteps that counts.
+
+        Raises:
+            ValueError: there are fewer than six keys.
         """
+        if self._for_reference < 2:
+            raise ValueError(f"filter.calibration needs at least 6 keys, found {len(self.timesteps)}")
         part, reference = slice(0, self._for_reference), self.reference(500)
         timesteps, signals = self.timesteps[part], self.signals[part]
         z = reference.scores(timesteps.flatten(), signals.flatten(0, 1)).view(signals.shape)  # [K, T, S]

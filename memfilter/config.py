@@ -112,7 +112,7 @@ class FilterConfig:
         reference_share: of the samples, which pay for the reference with a null pass once in a window; all do where the
             null pass is made for all.
         reference_size: values of the reference for each signal and bin of timesteps.
-        table_size: places in the table of samples, of 57 bytes each; samples whose hashes meet share evidence.
+        table_size: places in the table of samples, of 73 bytes each; samples whose hashes meet share evidence.
         sightings: of method=sightings.
     """
 

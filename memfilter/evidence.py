@@ -123,7 +123,8 @@ class Sightings(KeyTable):
         return self.seen[slots] >= self.k
 
     def update(self, step: Step, gone_by: int) -> tuple[Tensor, Tensor]:
-        self.seen += torch.bincount(step.slots[step.slots >= 0], minlength=self.table_size).int()
+        slots = step.slots[step.slots >= 0]
+        self.seen.index_add_(0, slots, torch.ones_like(slots, dtype=self.seen.dtype))
         return super().update(step, gone_by)
 
     def metrics(self) -> dict[str, float]:
@@ -178,7 +179,9 @@ class Census(KeyTable):
     def update(self, step: Step, gone_by: int) -> tuple[Tensor, Tensor]:
         p = self.reference.p_values(step.timesteps, step.signals)[:, SIGNALS.index("norm")]
         evidence = self._weigh(step)
-        votes = step.audit & (step.slots >= 0)
+        first = torch.zeros_like(step.audit)
+        first[_first_places(step.slots)] = True  # a key has one vote, though several of its samples may be in the step
+        votes = step.audit & (step.slots >= 0) & first
         signals = torch.where(self._pays(step.slots)[:, None] | IS_FREE, step.signals, math.nan)
         self.reference.add(step.timesteps[votes], signals[votes])
         self.audited[step.slots[votes]] = self.clock
@@ -225,9 +228,9 @@ class Weighing:
     def __post_init__(self):
         if unknown := set(self.strengths) - set(SIGNALS):
             raise ValueError(f"filter.signals: unknown {', '.join(sorted(unknown))}: expected some of {', '.join(SIGNALS)}")
-        if not self.strengths or min(self.strengths.values()) <= 0:
+        if not self.strengths or not all(strength > 0 for strength in self.strengths.values()):
             raise ValueError("filter.signals must name at least one signal, each with a positive strength")
-        if not self.half_life > 0:
+        if not 0 < self.half_life < math.inf:
             raise ValueError(f"filter.half_life must be positive, found {self.half_life}")
 
     @property
@@ -300,7 +303,7 @@ class Evidence(Census):
         self.makes_passes = any(name != "loss" for name in self.weighing.strengths)
         # the first encounters, and those after them
         self.sums = torch.zeros(self.table_size, 2, len(SIGNALS))
-        self.counts = torch.zeros(self.table_size, 2, len(SIGNALS), dtype=torch.int16)
+        self.counts = torch.zeros(self.table_size, 2, len(SIGNALS), dtype=torch.int32)
         self.flagged = torch.zeros(self.table_size, dtype=torch.bool)
         self.flags, self.readmissions = 0, 0
 
@@ -343,8 +346,12 @@ class Evidence(Census):
             needed = math.ceil(1 / false_flag_rate) - 1
             raise ValueError(f"filter.false_flag_rate={false_flag_rate} needs at least {needed} clean keys beside those of the "
                              f"reference, the calibration has {len(largest)}: calibrate with more, or raise the rate")  # fmt: skip
-        # strictly above the quantile: one that only ties with it is not flagged
-        evidence.flag_at = largest.sort().values[rank - 1].nextafter(torch.tensor(math.inf)).item()
+        quantile = largest.sort().values[rank - 1]
+        if not quantile > 0:
+            raise ValueError(f"filter.calibration: at filter.false_flag_rate={false_flag_rate} any evidence at all would flag, since "
+                             "most keys have none yet after so few looks: calibrate with more, such as 40")  # fmt: skip
+        # strictly above: one that only ties with it is not flagged
+        evidence.flag_at = quantile.nextafter(torch.tensor(math.inf)).item()
         if settings.get("readmit_below") is None:
             evidence.readmit_below = evidence.flag_at / 2
         return evidence
@@ -408,8 +415,7 @@ class Evidence(Census):
         parts = torch.stack([early, measured & ~early], 1)  # [n, 2, S]
         forget = torch.tensor([1.0, self.weighing.decay])[:, None]
         self.sums[slots] = self.sums[slots] * torch.where(parts, forget, 1.0) + torch.where(parts, z.nan_to_num(0)[:, None], 0)
-        # decay has long made a thousand and more the same
-        self.counts[slots] = (self.counts[slots] + parts).clamp(max=1000).to(torch.int16)
+        self.counts[slots] += parts.to(self.counts.dtype)
 
     def _flag(self, slots: Tensor) -> None:
         slots = slots.unique()

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from memfilter.evidence import Decisions, KeyTable, Step
+from memfilter.evidence import IS_FREE, Decisions, KeyTable, Step
 from memfilter.functional import REDUCTIONS, log_gain, masked_loss, noise_factor, squared_error, text_cosine, text_norm
 from memfilter.reference import SIGNALS
 from memfilter.stats import FilterStats
@@ -185,6 +185,11 @@ class MemFilter:
             shared = keys if shared_keys is None else shared_keys
             if shared is None:
                 raise ValueError("MemFilter.batch(keys=...): evidence is collected by key, and none are given")
+            for name, values in (self._facts | {"shared_keys": shared_keys, "timesteps": timesteps}).items():
+                if values is not None and len(values) != len(shared):
+                    name = "shared_keys" if name == "keys" else name
+                    raise ValueError(f"MemFilter.batch({name}=...) must have one entry for each of the {len(shared)} samples, "
+                                     f"found {len(values)}")  # fmt: skip
             self._facts |= self._decide(shared, caption_dropped, excluded, timesteps)
 
     def _decide(self, shared_keys, caption_dropped, excluded, timesteps) -> dict:
@@ -255,11 +260,15 @@ class MemFilter:
         if (keys := facts.get("keys")) is not None and len(keys) != count:
             raise ValueError(f"MemFilter.batch(keys=...) must have one entry for each of the {count} samples, "
                              f"found {len(keys)}")  # fmt: skip
+        decisions = facts.get("decisions")
+        if decisions is not None and len(decisions.look) != count:
+            raise ValueError(f"MemFilter.batch(keys=...) must have one entry for each of the {count} samples, "
+                             f"found {len(decisions.look)}")  # fmt: skip
         looked = torch.full((count,), null is not None, device=device)
         place = None
         if null is not None and rows is not None:
             place = torch.tensor(rows).to(device, non_blocking=True)  # [n]
-        if (decisions := facts.get("decisions")) is not None:
+        if decisions is not None:
             looked = decisions.look.to(device, non_blocking=True)
         checked, excluded = looked.clone(), torch.zeros_like(looked)
         if (given := facts.get("excluded")) is not None:
@@ -307,27 +316,26 @@ class MemFilter:
         unread, self._unread = self._unread, ()
         if not unread:
             return
+        # they are put back when they are found to be sound
+        rows, verdict = (self._rows.pop(), self._verdicts.pop()) if self.evidence is not None else (None, self.verdict)
         keep, finite = unread[0].read().bool()
-        _require_finite("text norm", finite, self.verdict.keys)
-        self._kept_in_step = (self._kept_in_step or 0) + int(keep.sum())
-        if self.evidence is None:
-            return
-        checked, timesteps, norm, cosine = unread[1].read()
-        unknown = torch.full_like(norm, math.nan)
-        loss, gain = unknown, unknown
-        if len(unread) > 2:
-            loss, gain = unread[2].read()
-            # not every sample has a norm by which it could be told
-            _require_finite("loss", loss.isfinite() | (self._rows[-1][0] < 0), self.verdict.keys)
-        found = {"norm": norm, "loss": loss, "cosine": cosine, "gain": gain}
-        signals = torch.stack([found[name] for name in SIGNALS], 1)  # [B, S]
-        free = torch.tensor([name == "loss" for name in SIGNALS])
-        shown = torch.tensor([reason != "excluded" for reason in self.verdict.skipped])  # else it is a stand-in's loss
-        measured = checked.bool()[:, None] | (free & shown[:, None])
-        self.verdict.signals = torch.where(measured, signals, math.nan)
-        columns = [*self._rows[-1], timesteps, keep, *self.verdict.signals.T]
-        self._rows[-1] = torch.stack([column.double() for column in columns], 1)  # [B, 4 + S]; a place is exact in fp64
+        _require_finite("text norm", finite, verdict.keys)
         self._null = None
+        if self.evidence is not None:
+            checked, timesteps, norm, cosine = unread[1].read()
+            unknown = torch.full_like(norm, math.nan)
+            loss, gain = unknown, unknown
+            if len(unread) > 2:
+                loss, gain = unread[2].read()
+                _require_finite("loss", loss.isfinite(), verdict.keys)  # not every sample has a norm by which it could be told
+            found = {"norm": norm, "loss": loss, "cosine": cosine, "gain": gain}
+            signals = torch.stack([found[name] for name in SIGNALS], 1)  # [B, S]
+            shown = torch.tensor([reason != "excluded" for reason in verdict.skipped])  # else it is a stand-in's loss
+            verdict.signals = torch.where(checked.bool()[:, None] | (IS_FREE & shown[:, None]), signals, math.nan)
+            columns = [*rows, timesteps, keep, *verdict.signals.T]
+            self._rows.append(torch.stack([column.double() for column in columns], 1))  # [B, 4 + S]; a place is exact in fp64
+            self._verdicts.append(verdict)
+        self._kept_in_step = (self._kept_in_step or 0) + int(keep.sum())
 
     def loss(self, pred: Tensor, target: Tensor, weight: Tensor | None = None) -> Tensor:
         """Masked mean squared error of the last forward's samples: [B, ...] -> scalar, graph always intact.

@@ -56,7 +56,7 @@ class TimestepThreshold:
     def __init__(self, reference: Reference, false_positive_rate: float = 0.02):
         if not 0 < false_positive_rate < 1:
             raise ValueError(f"filter.false_positive_rate must lie between 0 and 1, found {false_positive_rate}")
-        if false_positive_rate * (reference.size + 1) < 1:
+        if false_positive_rate * (reference.size + 1) < 1 - 1e-9:
             raise ValueError(f"filter.false_positive_rate={false_positive_rate} needs a reference of at least "
                              f"{math.ceil(1 / false_positive_rate) - 1} norms a bin, found {reference.size}")  # fmt: skip
         self.reference, self.false_positive_rate = reference, false_positive_rate

@@ -48,8 +48,8 @@ def calibrate(config: Config, out: Path, keys: int = 300, looks: int = 40, progr
         ConfigError, ModelError, ShardError: something cannot be run, or there are fewer clean samples.
     """
     check(config)
-    if keys < 3 or looks < 1:
-        raise ConfigError(f"calibrate needs at least 3 keys and 1 look, found {keys} and {looks}")
+    if keys < 6 or looks < 1:
+        raise ConfigError(f"calibrate needs at least 6 keys and 1 look, found {keys} and {looks}")
     if config.data.streaming:
         raise ConfigError("data.streaming: samples are looked at several times, which a stream does not allow")
     accelerator = make_accelerator(config)
