@@ -324,7 +324,7 @@ def trained(few_scenes, tiny_base, tmp_path_factory):
     def calibrated(model: str) -> Path:
         if model not in calibrations:
             out = calibrations[model] = tmp_path_factory.mktemp("calibration") / "calibration.json"
-            looks = {"scenes": ("--keys=30", "--looks=12"), "tiny": ("--keys=24", "--looks=20")}[model]
+            looks = {"scenes": ("--keys=30", "--looks=20"), "tiny": ("--keys=24", "--looks=20")}[model]
             settings = [f"--model.path={models[model]}", f"--data.path={few_scenes}", f"--out={out}", *looks]
             assert command(["calibrate", *settings]) == 0
         return calibrations[model]
@@ -333,7 +333,7 @@ def trained(few_scenes, tiny_base, tmp_path_factory):
         if (model, processes, zero) in runs:
             return runs[model, processes, zero]
         run = runs[model, processes, zero] = tmp_path_factory.mktemp("runs") / "run"
-        rate = {"scenes": 0.3, "tiny": 0.7}[model]
+        rate = {"scenes": 0.4, "tiny": 0.6}[model]
         settings = [
             f"--run_dir={run}", f"--model.path={models[model]}", f"--data.path={few_scenes}",
             f"--train.samples={SAMPLES}", f"--train.batch_size={STEP // processes}", "--train.learning_rate=1e-4",

@@ -59,7 +59,7 @@ def settings(base, scenes_dir, index, calibration):
     def make(run, *more) -> list[str]:
         given = [
             f"--run_dir={run}", f"--model.path={base}", f"--data.path={scenes_dir}", f"--data.index={index}",
-            "--filter.method=evidence", f"--filter.calibration={calibration}", "--filter.false_flag_rate=0.7",
+            "--filter.method=evidence", f"--filter.calibration={calibration}", "--filter.false_flag_rate=0.6",
             "--filter.half_life=2", "--filter.window=20", f"--data.caption_dropout={CAPTION_DROPOUT}",
             f"--train.samples={SAMPLES}", f"--train.batch_size={BATCH}", "--train.learning_rate=1e-4",
             "--train.ema_half_life=50", "--log.every=20", "--log.gallery=4",
