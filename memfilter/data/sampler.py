@@ -108,7 +108,8 @@ class View:
 class SampleDataset(Dataset):
     """Position in the stream -> what is known of the sample there, as a dict:
 
-    position; key; shared_key (under which evidence is collected); duplicate (None: unknown); repeats (whether it comes again); caption; view (a name for the pixels:
+    position; key; shared_key (under which evidence is collected); duplicate (None: unknown);
+    repeats (whether it comes again); caption; view (a name for the pixels:
     same view, same pixels); pixels [3, H, W] in [-1, 1], None where ``remembered`` has the view; original_size (height,
     width) and crop_top_left, as SDXL is conditioned on them; bad (why the sample could not be read, else None: its
     pixels are then 0 and its caption empty).
