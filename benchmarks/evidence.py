@@ -215,7 +215,7 @@ def main() -> None:
     rows, lock = read_rows(table_path), threading.Lock()
     known = {(row["scenario"], row["method"], row["setting"], int(row["seed"])) for row in rows}
     methods = [m for m in METHODS if args.methods is None or m[0] in args.methods]
-    jobs = [(s, seed, m) for seed in args.seeds for s in args.scenarios for m in methods
+    jobs = [(s, seed, m) for m in methods for seed in args.seeds for s in args.scenarios
             if m in WANTED[s] and (s, *m, seed) not in known]  # fmt: skip
     made: dict[tuple[str, int], threading.Lock] = {(s, seed): threading.Lock() for s, seed, _ in jobs}
     ready: set[tuple[str, int]] = set()
