@@ -71,7 +71,7 @@ def recipe(scenario: str, method: tuple[str, str]) -> str:
     assets = sorted((ROOT / "memfilter" / "assets").rglob("*.safetensors"))
     if method[0] in ("evidence", "timestep"):
         assets.append(ROOT / "memfilter" / "assets" / "scenes-base" / "calibration.json")
-        for module in ("evidence", "reference", "calibration"):
+        for module in ("evidence", "keys", "reference", "calibration"):
             digest.update(_code(ROOT / "memfilter" / f"{module}.py"))
     for path in assets:
         digest.update(path.read_bytes())

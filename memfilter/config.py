@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterator
 from dataclasses import MISSING, Field, dataclass, field, fields
 from typing import Literal
 
-
 LRSchedule = Literal[
     "constant", "constant_with_warmup", "piecewise_constant", "linear", "cosine", "cosine_with_restarts", "polynomial"
 ]  # fmt: skip
@@ -381,8 +380,9 @@ def make_filter(run: Config, calibration=None):
     Raises:
         ValueError: the calibration does not do for what is asked of it.
     """
-    from memfilter.evidence import Census, Evidence, Sightings, Weighing
+    from memfilter.evidence import Evidence, Weighing
     from memfilter.filter import MemFilter
+    from memfilter.keys import Census, Sightings
     from memfilter.threshold import TimestepThreshold
 
     config = run.filter

@@ -10,8 +10,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from memfilter.evidence import IS_FREE, Decisions, KeyTable, Step
 from memfilter.functional import REDUCTIONS, log_gain, masked_loss, noise_factor, squared_error, text_cosine, text_norm
+from memfilter.keys import IS_FREE, Decisions, KeyTable, Step
 from memfilter.reference import SIGNALS
 from memfilter.stats import FilterStats
 from memfilter.threshold import FixedThreshold, TimestepThreshold

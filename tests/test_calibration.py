@@ -7,7 +7,8 @@ import torch
 from simulated import NAN, as_signals, calibration, draw
 
 from memfilter.calibration import Calibration, CalibrationError
-from memfilter.evidence import Evidence, Step, Weighing
+from memfilter.evidence import Evidence, Weighing
+from memfilter.keys import Step
 from memfilter.reference import SIGNALS
 
 

@@ -7,7 +7,8 @@ import torch
 from safetensors.torch import load, save
 from simulated import NAN, ByHand, as_signals, draw, reference
 
-from memfilter.evidence import Census, Evidence, KeyTable, Sightings, Step, Weighing
+from memfilter.evidence import Evidence, Weighing
+from memfilter.keys import Census, KeyTable, Sightings, Step
 from memfilter.reference import SIGNALS, Reference
 
 LOSS, NORM = SIGNALS.index("loss"), SIGNALS.index("norm")

@@ -9,8 +9,9 @@ from simulated import NAN, reference
 from torch.nn.functional import mse_loss
 
 from memfilter import MemFilter
-from memfilter.evidence import Census, Evidence, Sightings, Step, Weighing
+from memfilter.evidence import Evidence, Weighing
 from memfilter.filter import EmptySteps, NonFiniteNorm
+from memfilter.keys import Census, Sightings, Step
 from memfilter.reference import SIGNALS, Reference
 from memfilter.threshold import TimestepThreshold
 

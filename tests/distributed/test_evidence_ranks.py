@@ -20,7 +20,8 @@ from memfilter.arguments import parse
 from memfilter.cli import main as command
 from memfilter.data.experiment import prepare_scenes
 from memfilter.data.feed import Feed
-from memfilter.evidence import Decisions, Evidence, Step, Weighing
+from memfilter.evidence import Evidence, Weighing
+from memfilter.keys import Decisions, Step
 from memfilter.reference import SIGNALS, Reference
 from memfilter.train.loop import train
 

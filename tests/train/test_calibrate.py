@@ -20,7 +20,6 @@ from memfilter.calibration import Calibration
 from memfilter.cli import main as command
 from memfilter.data import sampler
 from memfilter.data.shards import Shards
-from memfilter.evidence import Evidence
 from memfilter.reference import SIGNALS
 from memfilter.train.calibrate import calibrate
 
@@ -161,7 +160,7 @@ def test_calibration_says_what_it_was_made_with_and_serves_as_ground(calibrated,
     assert calibration.timesteps.tolist() == timesteps  # each of them a fresh one
     norms, by_key = calibration.signals[..., SIGNALS.index("norm")], calibration.signals.flatten(1)
     assert (norms > 0).all() and len(by_key.unique(dim=0)) == KEYS
-    assert Evidence.of(calibration, 0.5).reference.counts().sum() > 0
+    assert calibration.reference(64).counts().sum() > 0
 
 
 def test_norm_in_rms_is_that_in_l2_by_the_root_of_the_latents_size(settings, calibrated, tmp_path):
@@ -236,8 +235,8 @@ def test_more_samples_than_are_clean_are_refused(settings, refused, tmp_path):
     ("more", "message"),
     [
         (["--data.streaming=webdataset"], "data.streaming: samples are looked at several times"),
-        (["--keys=2"], "calibrate needs at least 3 keys and 1 look, found 2 and 5"),
-        (["--looks=0"], "calibrate needs at least 3 keys and 1 look, found 7 and 0"),
+        (["--keys=2"], "calibrate needs at least 6 keys and 1 look, found 2 and 5"),
+        (["--looks=0"], "calibrate needs at least 6 keys and 1 look, found 7 and 0"),
         (["--keys=many"], "argument --keys: invalid int value: 'many'"),
         (["--key=7"], "key is no setting"),
         (["--data.path=nowhere"], "nothing to read: nowhere does not exist"),
@@ -286,8 +285,8 @@ def test_without_an_index_all_samples_are_taken_to_be_clean(settings, tmp_path, 
 
 def test_index_decides_who_is_clean(settings, tmp_path, scenes_dir):
     keys, index = Shards.open(scenes_dir).keys(), tmp_path / "index.parquet"
-    roles = ["distinct"] * 3 + ["duplicate"] * (len(keys) - 3)
+    roles = ["distinct"] * 6 + ["duplicate"] * (len(keys) - 6)
     pq.write_table(pa.table({"key": keys, "role": roles, "repeats": [5] * len(keys)}), index)
-    out, more = tmp_path / "out.json", ("--keys=3", "--looks=1", f"--data.index={index}")
+    out, more = tmp_path / "out.json", ("--keys=6", "--looks=1", f"--data.index={index}")
     assert command(settings(out, "sd1", *more)) == 0
-    assert command(settings(out, "sd1", *more, "--keys=4")) == 1
+    assert command(settings(out, "sd1", *more, "--keys=7")) == 1

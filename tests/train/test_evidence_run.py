@@ -22,7 +22,7 @@ from memfilter.data.experiment import Experiment, prepare_scenes
 from memfilter.data.feed import Feed
 from memfilter.data.sampler import SampleStream
 from memfilter.data.shards import Shards
-from memfilter.evidence import KeyTable
+from memfilter.keys import KeyTable
 from memfilter.train.loop import Trainer, train
 
 SAMPLES, BATCH, EVERY, CAPTION_DROPOUT = 180, 4, 20, 0.05
