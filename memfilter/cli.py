@@ -48,8 +48,8 @@ def experiment(data: str, out: str, hashes: str | None = None, processes: int | 
         **conditions: see `Plan`.
     """
     plan = Plan(**conditions)
-    from memfilter.data.manifest import MANIFEST
     from memfilter.data.builder import prepare_experiment
+    from memfilter.data.manifest import MANIFEST
 
     prepare_experiment(Path(data), Path(out), plan, processes, Path(hashes) if hashes else None)
     print(Path(out, MANIFEST))

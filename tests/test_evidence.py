@@ -5,7 +5,7 @@ from collections import Counter, defaultdict
 import pytest
 import torch
 from safetensors.torch import load, save
-from simulated import NAN, ByHand, as_signals, draw, reference
+from simulated import NAN, ByHand, as_signals, reference
 
 from memfilter.evidence import Evidence, Weighing
 from memfilter.keys import Census, KeyTable, Sightings, Step

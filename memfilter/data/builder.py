@@ -19,7 +19,15 @@ from PIL import Image
 from memfilter import __version__
 from memfilter.data.candidates import BROKEN_SHARD, NO_CAPTION, TOO_LARGE, UNREADABLE, candidates, versions
 from memfilter.data.duplicates import (
-    CAPTION, EXACT, HASH_BYTES, NEAR, Distinct, EmbeddingLikeness, HashLikeness, Likeness, Verdict
+    CAPTION,
+    EXACT,
+    HASH_BYTES,
+    NEAR,
+    Distinct,
+    EmbeddingLikeness,
+    HashLikeness,
+    Likeness,
+    Verdict,
 )  # fmt: skip
 from memfilter.data.manifest import MANIFEST, SCHEMA, write_manifest
 from memfilter.data.plan import Plan, lines

@@ -24,7 +24,15 @@ from tqdm import tqdm
 
 from memfilter.data.duplicates import HASH_BYTES, perceptual_hashes
 from memfilter.data.shards import (
-    IMAGE_SUFFIXES, MAX_BYTES, ShardError, Shards, TooLarge, as_key, decode, printable, read_bytes
+    IMAGE_SUFFIXES,
+    MAX_BYTES,
+    ShardError,
+    Shards,
+    TooLarge,
+    as_key,
+    decode,
+    printable,
+    read_bytes,
 )  # fmt: skip
 from memfilter.files import atomic
 

@@ -20,8 +20,8 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from memfilter.config import Config, ConfigError, check, make_filter
-from memfilter.data.cache import Cache, fingerprint
 from memfilter.data import sampler
+from memfilter.data.cache import Cache, fingerprint
 from memfilter.data.encode import Encoder
 from memfilter.data.feed import Feed
 from memfilter.data.sampler import collate

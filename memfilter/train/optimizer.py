@@ -11,7 +11,6 @@ from diffusers.training_utils import EMAModel
 
 from memfilter.config import ConfigError, TrainConfig
 
-
 _BITSANDBYTES = {"adamw_8bit": "AdamW8bit", "paged_adamw": "PagedAdamW", "paged_adamw_8bit": "PagedAdamW8bit"}
 
 

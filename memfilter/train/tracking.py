@@ -13,7 +13,6 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-import torch
 
 from memfilter.config import ConfigError, LogConfig
 from memfilter.data.shards import ShardError

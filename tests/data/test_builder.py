@@ -10,11 +10,11 @@ from clouds import cloud, encoded, sample, write_clouds, write_tar
 from PIL import Image, ImageOps
 
 from memfilter.cli import main
+from memfilter.data.builder import LOST, choose, prepare_experiment, report
 from memfilter.data.candidates import candidates
 from memfilter.data.experiment import Experiment
 from memfilter.data.manifest import MANIFEST, ManifestShards, read_manifest, require_unchanged
 from memfilter.data.plan import Plan
-from memfilter.data.builder import LOST, choose, prepare_experiment, report
 
 SMALL = Plan(duplicates=5, repeats=4, distinct=30)
 

@@ -1,6 +1,5 @@
-from collections import deque
-
 import json
+from collections import deque
 
 import numpy as np
 import pytest

@@ -17,8 +17,15 @@ from torch.utils.data import DataLoader
 from memfilter.cli import main
 from memfilter.data.experiment import Experiment
 from memfilter.data.manifest import (
-    MANIFEST, MAX_BYTES, SCHEMA, ManifestShards, fingerprint, is_manifest, read_manifest, require_unchanged,
-    write_manifest
+    MANIFEST,
+    MAX_BYTES,
+    SCHEMA,
+    ManifestShards,
+    fingerprint,
+    is_manifest,
+    read_manifest,
+    require_unchanged,
+    write_manifest,
 )  # fmt: skip
 from memfilter.data.sampler import SampleDataset, SampleStream, View, collate
 from memfilter.data.shards import MAX_CAPTION, ShardError, Shards

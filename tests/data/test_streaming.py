@@ -28,9 +28,7 @@ from memfilter.config import (
     TrainConfig,
     check,
 )
-from memfilter.data.streaming import tars as streams
 from memfilter.data.experiment import Experiment
-from memfilter.data.streaming.rows import RowStream
 from memfilter.data.sampler import (
     SampleDataset,
     SampleStream,
@@ -43,6 +41,8 @@ from memfilter.data.sampler import (
 )
 from memfilter.data.shards import MAX_CAPTION, ShardError, Shards
 from memfilter.data.streaming import StreamingDataset
+from memfilter.data.streaming import tars as streams
+from memfilter.data.streaming.rows import RowStream
 from memfilter.data.streaming.tars import TarStream
 from memfilter.train import loop
 from memfilter.train.checkpoint import CheckpointError

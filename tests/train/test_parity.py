@@ -10,8 +10,8 @@ from memfilter.config import Config, DataConfig, FilterConfig, LogConfig, ModelC
 from memfilter.data import sampler
 from memfilter.data.experiment import INDEX, Experiment
 from memfilter.data.shards import Shards
-from memfilter.train.loop import train
 from memfilter.pipelines import load_pipeline
+from memfilter.train.loop import train
 
 STEPS, BATCH, LR, SEED, TAU = 50, 3, 1e-5, 7, 3.0
 

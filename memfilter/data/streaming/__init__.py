@@ -17,9 +17,9 @@ from torch.utils.data import IterableDataset, get_worker_info
 
 from memfilter.config import DataConfig, TrainConfig
 from memfilter.data.experiment import Experiment, index_beside
-from memfilter.data.streaming.rows import RowStream
 from memfilter.data.sampler import NOT_NEEDED, View, crop_place, flipped, shown, unreadable
 from memfilter.data.shards import ShardError, decode
+from memfilter.data.streaming.rows import RowStream
 from memfilter.data.streaming.tars import Found, Stream, TarStream
 
 log = logging.getLogger(__name__)
