@@ -203,7 +203,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=RESULTS, help="directory of the tables")
     parser.add_argument("--seeds", type=int, nargs="+", default=REPORTED_SEEDS)
     parser.add_argument("--scenarios", nargs="+", default=list(SCENARIOS), choices=list(SCENARIOS))
-    parser.add_argument("--methods", nargs="+", default=None, help="only these, such as none tau")
+    parser.add_argument("--methods", nargs="+", default=None, help="only these, such as none 'tau 4'")
     parser.add_argument("--processes", type=int, default=os.cpu_count())
     parser.add_argument("--job", help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -214,7 +214,7 @@ def main() -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     rows, lock = read_rows(table_path), threading.Lock()
     known = {(row["scenario"], row["method"], row["setting"], int(row["seed"])) for row in rows}
-    methods = [m for m in METHODS if args.methods is None or m[0] in args.methods]
+    methods = [m for m in METHODS if args.methods is None or {m[0], " ".join(m)} & {*args.methods}]
     jobs = [(s, seed, m) for m in methods for seed in args.seeds for s in args.scenarios
             if m in WANTED[s] and (s, *m, seed) not in known]  # fmt: skip
     made: dict[tuple[str, int], threading.Lock] = {(s, seed): threading.Lock() for s, seed, _ in jobs}
