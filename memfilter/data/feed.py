@@ -68,11 +68,6 @@ class Feed:
             self.rest = self.pending.pop().passed_over
 
     @property
-    def replaces(self) -> bool:
-        """Whether anything may be passed over."""
-        return self._passes_over is not None
-
-    @property
     def out_of_patience(self) -> bool:
         return self._patience is not None and len(self.rest) > self._patience
 

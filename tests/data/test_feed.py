@@ -53,7 +53,7 @@ def test_without_passing_over_all_positions_come_in_turn_however_a_step_is_split
     positions, passed_over, ends = run(made)
     assert positions == list(range(first, end)) and passed_over == []
     assert ends == ([False] * (split[1] - 1) + [True]) * ((end - first) // 8)
-    assert not made[0].replaces and made[0].rest == [] and not made[0].out_of_patience
+    assert made[0].rest == [] and not made[0].out_of_patience
 
 
 def test_batches_of_a_rank_are_neighbouring_slices():
@@ -68,7 +68,6 @@ def test_step_sees_the_same_samples_however_it_is_split(share):
     for split in SPLITS:
         made = feeds(split, 5, 805, some(share))
         positions, passed_over, ends = run(made)
-        assert made[0].replaces
         told[split] = positions, passed_over, made[0].rest, sum(ends)
     assert all(one == told[SPLITS[0]] for one in told.values())
     positions, passed_over, rest, steps = told[SPLITS[0]]
