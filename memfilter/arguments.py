@@ -12,7 +12,7 @@ from pathlib import Path
 
 import yaml
 
-from memfilter.config import Config, ConfigError, check, settings_of
+from memfilter.config import Config, ConfigError, check, filled_in, settings_of
 
 
 def parse(argv: list[str], description: str = "") -> Config:
@@ -36,11 +36,12 @@ def parse(argv: list[str], description: str = "") -> Config:
         return Config(**vars(parser.instantiate(parsed)))
 
     try:
-        config, errors = build(list(_with_infinities(argv))), []
+        config, errors = build(list(_in_yaml(argv))), []
     except _UNREADABLE:
         # the parser stops at the first; what can be read is checked all the same
         good, errors = _sort_out(argv, build)
         config = build(good)
+    config = filled_in(config)
     try:
         check(config)
     except ConfigError as error:
@@ -56,11 +57,12 @@ def parse(argv: list[str], description: str = "") -> Config:
 # jsonargparse raises an ArgumentError, and what it meets in broken files as it comes; ArgumentError is an Exception only
 _UNREADABLE = (ArgumentError, TypeError, ValueError, OSError)
 _NUMBERS = {f"{section}.{setting.name}" for section, setting in settings_of(Config) if "float" in setting.type}
+_NULLABLE = {f"{section}.{setting.name}" for section, setting in settings_of(Config) if "None" in setting.type}
 _INFINITIES = {"inf": ".inf", "-inf": "-.inf", "nan": ".nan"}
 
 
-def _with_infinities(argv: list[str]) -> Iterator[str]:
-    """YAML's infinity is .inf; people and sweeps write inf."""
+def _in_yaml(argv: list[str]) -> Iterator[str]:
+    """YAML's infinity is .inf, and its None null; people write inf, and W&B's sweeps what Python prints."""
     name = ""
     for word in argv:
         before, (name, given, value) = name, word.removeprefix("--").partition("=")
@@ -68,6 +70,8 @@ def _with_infinities(argv: list[str]) -> Iterator[str]:
             yield _INFINITIES[word]
         elif name in _NUMBERS and value in _INFINITIES:
             yield f"--{name}={_INFINITIES[value]}"
+        elif name in _NULLABLE and value == "None":
+            yield f"--{name}=null"
         else:
             yield word
 
@@ -86,7 +90,7 @@ def _sort_out(argv: list[str], build: Callable[[list[str]], Config]) -> tuple[li
             errors.append(f"{where}{name}={value!r}: expected text, so write it in quotes")
             continue
         plain = value if isinstance(value, str) else json.dumps(value, default=str).replace("Infinity", "inf")
-        argument = next(_with_infinities([f"--{name}={plain.replace('NaN', 'nan')}"]))
+        argument = next(_in_yaml([f"--{name}={plain.replace('NaN', 'nan')}"]))
         try:
             build([argument])
             good.append(argument)
@@ -113,7 +117,7 @@ def _settings(argv: list[str], errors: list[str]) -> Iterator[tuple[str, object,
             yield name, value, ""
             continue
         try:
-            content = yaml.safe_load(Path(value).read_text())
+            content = yaml.safe_load(value if value.lstrip().startswith("{") else Path(value).read_text())
         except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
             errors.append(f"--config {value}: {' '.join(str(error).split())}")
             continue

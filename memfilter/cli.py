@@ -121,6 +121,28 @@ def evaluate(
         print(f"{kind}: " + ", ".join(f"{name} {value:.3f}" for name, value in figures[kind].items()))
 
 
+def sweep(file: str, out: str | None = None, evaluate: str = "", processes: int = 1) -> None:
+    """Make and evaluate the runs of a W&B sweep file here, without a server, and write their table.
+
+    Runs that are there already are not made again, so a sweep that was stopped goes on. A run that fails fails the sweep,
+    after all others were made.
+
+    Args:
+        file: a sweep as `wandb sweep` takes it, of method grid.
+        out: directory for results.csv, results.parquet and logs/; by default runs/sweeps/ and the file's name.
+        evaluate: settings of `memfilter evaluate`, such as "--distinct=40 --seeds=4".
+        processes: so many runs at a time.
+    """
+    import shlex
+
+    from memfilter.sweep import Sweep, read_sweep
+
+    points = read_sweep(Path(file))
+    place = Path(out) if out else Path("runs", "sweeps", Path(file).stem)
+    Sweep(points, place, shlex.split(evaluate), processes).run()
+    print(place / "results.csv")
+
+
 def report(off: str, on: str, out: str) -> None:
     """Write one HTML page that holds a run with the filter against one without.
 
@@ -174,6 +196,7 @@ def main(argv: list[str] | None = None) -> int:
         "cache": cache,
         "calibrate": calibrate,
         "evaluate": evaluate,
+        "sweep": sweep,
         "report": report,
     }
     argv = sys.argv[1:] if argv is None else argv

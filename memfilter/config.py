@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import copy
+import hashlib
+import json
 import math
 import re
 from collections.abc import Callable, Iterator
-from dataclasses import MISSING, Field, dataclass, field, fields
+from dataclasses import MISSING, Field, asdict, dataclass, field, fields
 from typing import Literal
 
 LRSchedule = Literal[
@@ -85,8 +87,9 @@ class FilterConfig:
     Args:
         method: evidence (what all encounters with a sample say together; needs a calibration) is the one to use; tau (one
             norm against one threshold) is the paper's; timestep (one norm against those of ordinary samples at its
-            timestep; needs a calibration); sightings (a sample that was trained on so often) and oracle (the known
-            duplicates) are there to be measured against.
+            timestep; needs a calibration); agc (loss against a running mean of the loss at its timestep; no extra pass),
+            sightings (a sample that was trained on so often) and oracle (the known duplicates) are there to be measured
+            against.
         tau: of method=tau; samples whose text norm is not below it are dropped; inf measures only; null makes no extra
             pass. With other methods it has no effect.
         unit: of the norm; l2 (the paper's, grows with the latent's size) or rms (divided by the root of its size).
@@ -113,9 +116,11 @@ class FilterConfig:
         reference_size: values of the reference for each signal and bin of timesteps.
         table_size: places in the table of samples, of 73 bytes each; samples whose hashes meet share evidence.
         sightings: of method=sightings.
+        loss_ratio: of method=agc; a sample is kept whose loss, times this, reaches the mean (Liu et al., ECCV 2024).
+        loss_decay: of method=agc; share of the running mean that is left after one more loss.
     """
 
-    method: Literal["tau", "timestep", "evidence", "sightings", "oracle"] = "tau"
+    method: Literal["tau", "timestep", "evidence", "agc", "sightings", "oracle"] = "tau"
     tau: float | None = 4.0
     unit: Literal["l2", "rms"] = "l2"
     reduction: Literal["kept", "kept_global", "batch"] = "kept"
@@ -136,11 +141,36 @@ class FilterConfig:
     reference_size: int = 64
     table_size: int = 2**20
     sightings: int = 30
+    loss_ratio: float = 1.25
+    loss_decay: float = 0.8
 
     @property
     def makes_passes(self) -> bool:
         """Whether there is any null pass."""
         return self.method in ("timestep", "evidence") or self.method == "tau" and self.tau is not None
+
+
+@dataclass
+class MitigationConfig:
+    """What others do against memorization while training; combines with any filter.
+
+    Args:
+        random_tokens: so many random tokens are put into every caption, at random places, anew each time it is shown (random
+            token addition; Somepalli et al., NeurIPS 2023, and Wen et al., ICLR 2024, section 4.4).
+        repeated_words: so many words of the caption are put into it once more, at random places (caption word repetition;
+            Somepalli et al.).
+        random_caption: share of samples that are shown with as many random tokens as their caption has words (Somepalli et
+            al.).
+        embedding_noise: standard deviation of the normal noise on the embedding of every caption (Somepalli et al.).
+        deduplicate: shows one sample of each group of near duplicates, once in an epoch (the column group of the index, see
+            `memfilter prepare groups`).
+    """
+
+    random_tokens: int = 0
+    repeated_words: int = 0
+    random_caption: float = 0.0
+    embedding_noise: float = 0.0
+    deduplicate: bool = False
 
 
 @dataclass
@@ -245,16 +275,44 @@ class Config:
 
     Args:
         run_dir: where metrics.jsonl, audit.parquet, summary.json and pipeline/ or lora/ go; must not hold a run already,
-            unless checkpoint.resume is true. Several machines need one that all of them see.
+            unless checkpoint.resume is true. Several machines need one that all of them see. "{digest}" in it stands for
+            a name of all settings that the result depends on, so that every point of a sweep has a directory of its own;
+            "{seed}" in it, in data.path, data.index and data.cache for train.seed.
     """
 
     run_dir: str = "runs/default"
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     filter: FilterConfig = field(default_factory=FilterConfig)
+    mitigation: MitigationConfig = field(default_factory=MitigationConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     log: LogConfig = field(default_factory=LogConfig)
+
+
+# what has no bearing on the weights
+_IDLE = {"run_dir": None, "log": None, "checkpoint": None, "data": ("cache", "cache_gb", "workers")}
+
+
+def filled_in(config: Config) -> Config:
+    """A copy, with "{seed}" and "{digest}" in its paths replaced by what they stand for."""
+    config = copy.deepcopy(config)
+    for name in ("path", "index", "cache"):
+        if place := getattr(config.data, name):
+            setattr(config.data, name, place.replace("{seed}", str(config.train.seed)))
+    config.run_dir = config.run_dir.replace("{seed}", str(config.train.seed)).replace("{digest}", digest(config))
+    return config
+
+
+def digest(config: Config) -> str:
+    """Sixteen hexadecimal digits that name all settings that the weights depend on."""
+    settings = asdict(config)
+    for section, names in _IDLE.items():
+        for name in names or ():
+            del settings[section][name]
+        if names is None:
+            del settings[section]
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
 
 
 class ConfigError(ValueError):
@@ -267,11 +325,13 @@ _POSITIVE = ("train.samples", "train.batch_size", "train.accumulation", "train.l
              "model.lora_alpha", "data.shuffle_buffer", "data.resolution", "checkpoint.keep", "log.every",
              "log.validation_prompts", "log.validation_steps", "filter.half_life", "filter.below", "filter.window",
              "filter.reference_share", "filter.reference_size", "filter.table_size", "filter.sightings",
-             "filter.false_positive_rate", "filter.false_flag_rate")  # fmt: skip
-_NOT_NEGATIVE = ("train.warmup_samples", "train.weight_decay", "train.ema_half_life", "train.noise_offset", "train.seed",
+             "filter.false_positive_rate", "filter.false_flag_rate", "filter.loss_ratio")  # fmt: skip
+_NOT_NEGATIVE = ("mitigation.random_tokens", "mitigation.repeated_words", "mitigation.random_caption",
+                 "mitigation.embedding_noise",
+                 "train.warmup_samples", "train.weight_decay", "train.ema_half_life", "train.noise_offset", "train.seed",
                  "data.cache_gb", "data.workers", "checkpoint.every", "log.validation_every",
                  "log.validation_guidance_scale", "log.gallery")  # fmt: skip
-_SHARES = ("train.adam_beta1", "train.adam_beta2", "data.caption_dropout", "data.max_bad_share",
+_SHARES = ("filter.loss_decay", "train.adam_beta1", "train.adam_beta2", "data.caption_dropout", "data.max_bad_share",
            "filter.false_positive_rate", "filter.false_flag_rate")  # fmt: skip
 
 
@@ -336,15 +396,19 @@ def _about_filter(config: Config) -> Iterator[str]:
         MemFilter(tau, reduction=rule.reduction, unit=rule.unit, max_empty_steps=rule.max_empty_steps)
     except ValueError as error:
         yield str(error)
-    for name in ("below", "reference_share"):
-        if getattr(rule, name) > 1:
-            yield f"filter.{name} must be at most 1, found {getattr(rule, name)}"
+    for name, share in (("filter.below", rule.below), ("filter.reference_share", rule.reference_share),
+                        ("mitigation.random_caption", config.mitigation.random_caption)):  # fmt: skip
+        if share > 1:
+            yield f"{name} must be at most 1, found {share}"
     if not rule.signals:
         yield "filter.signals must name at least one signal"
     if math.isnan(rule.gate):
         yield "filter.gate must be a number, found nan"
     if rule.key == "content" and config.data.streaming:
         yield f"data.streaming={config.data.streaming} and filter.key=content exclude each other: groups are looked up by key"
+    if config.mitigation.deduplicate and config.data.streaming:
+        yield (f"data.streaming={config.data.streaming} and mitigation.deduplicate exclude each other: groups are looked up by "
+               "key")  # fmt: skip
     if rule.method == "oracle" and config.data.streaming:
         yield f"data.streaming={config.data.streaming} and filter.method=oracle exclude each other: roles are looked up by key"
 
@@ -380,6 +444,7 @@ def make_filter(run: Config, calibration=None):
     Raises:
         ValueError: the calibration does not do for what is asked of it.
     """
+    from memfilter.agc import LossRule
     from memfilter.evidence import Evidence, Weighing
     from memfilter.filter import MemFilter
     from memfilter.keys import Census, Sightings
@@ -393,6 +458,8 @@ def make_filter(run: Config, calibration=None):
         return MemFilter(None, judges_all=True, **settings)
     if config.method == "sightings":
         return MemFilter(None, evidence=Sightings(config.sightings, config.table_size), **settings)
+    if config.method == "agc":
+        return MemFilter(None, evidence=LossRule(config.loss_ratio, config.loss_decay), **settings)
     all_pay = config.method == "timestep" or config.gate == -math.inf
     table = {
         "table_size": config.table_size,

@@ -131,6 +131,7 @@ class MemFilter:
         self._verdicts: list[Verdict] = []  # the same
         self._gone_by = 0  # samples that were passed over since the last step
         self._factors: Tensor | None = None  # [T], None for epsilon prediction
+        self._uncounted: tuple[Tensor, ...] | None = None  # what `FilterStats.add` is told once it is known who is kept
         self._unread: tuple[_Readback, ...] = ()  # of the last training forward: its verdict, its errors
         self._kept_in_step: int | None = None  # None: no training forward since the last step
         self._empty_in_a_row = 0
@@ -299,9 +300,10 @@ class MemFilter:
             group = _bools(duplicate, count, device, "duplicate").long() + 1
         passes = None if null is None or place is None else torch.zeros(count, device=device).index_fill(0, place, 1)
         passes = torch.full((count,), float(null is not None), device=device) if passes is None else passes
-        self.stats.add(timesteps, norm, keep, checked, group, excluded, judged, passes)
         self.verdict, self._unused = Verdict(timesteps, norm, keep, checked, facts.get("keys"), facts.get("skipped")), True
-        self._unread = (_Readback(keep, finite),)
+        self._uncounted = (group, excluded, judged, passes, finite)
+        if self.evidence is None or not self.evidence.judges_loss:
+            self._conclude(keep)
         if self.evidence is not None:
             unknown = torch.full((count,), math.nan, device=device)
             seen = (timesteps, torch.where(checked, norm, math.nan), unknown if cosine is None else cosine)
@@ -311,8 +313,17 @@ class MemFilter:
             self._rows.append(torch.stack([facts["slots"], decisions.audit.long()]))
         return norm, keep
 
+    def _conclude(self, keep: Tensor) -> None:
+        """The verdict stands: it is counted, and on its way to the host."""
+        verdict, (*counted, finite), self._uncounted = self.verdict, self._uncounted, None
+        verdict.keep = keep
+        self.stats.add(verdict.timesteps, verdict.text_norm, keep, verdict.checked, *counted)
+        self._unread = (_Readback(keep, finite), *self._unread)
+
     def _settle(self) -> None:
         """Waits for what the last training forward found."""
+        if self._uncounted is not None:  # its loss was never asked for
+            self._conclude(self.verdict.keep)
         unread, self._unread = self._unread, ()
         if not unread:
             return
@@ -351,7 +362,10 @@ class MemFilter:
                                "the wrapped denoiser first, in train mode and with gradients on")  # fmt: skip
         self._unused = False
         if self.evidence is not None:
-            self._unread += (_Readback(*self._errors(pred.detach(), target)),)
+            loss, gain = self._errors(pred.detach(), target)
+            if self._uncounted is not None:
+                self._conclude(self.verdict.keep & self.evidence.keeps(self.verdict.timesteps, loss))
+            self._unread += (_Readback(loss, gain),)
         return masked_loss(pred, target, self.verdict.keep, self.reduction, weight)
 
     def _errors(self, pred: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:

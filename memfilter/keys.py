@@ -48,6 +48,7 @@ class KeyTable:
     """
 
     makes_passes = True  # whether any null pass is ever wanted
+    judges_loss = False  # whether `keeps` has a say once the loss of a sample is known, see `memfilter.agc`
 
     def __init__(self, table_size: int = 2**20):
         if table_size < 1:

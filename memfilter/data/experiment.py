@@ -7,7 +7,7 @@ import json
 import os
 import shutil
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -63,6 +63,21 @@ class Experiment:
         """Every sample once; nothing is known of duplicates."""
         keys = shards.keys()
         return cls(keys, None, np.ones(len(keys), int))
+
+    def deduplicated(self) -> Experiment:
+        """The first sample of each group of near duplicates, once.
+
+        Raises:
+            ValueError: no groups are known.
+        """
+        if self.groups is None:
+            raise ValueError("mitigation.deduplicate needs a column group in the index: make one with `memfilter prepare groups`")
+        _, rows = np.unique(np.asarray(self.groups, dtype=object), return_index=True)
+        rows.sort()
+        names = {"keys": self.keys, "groups": self.groups}
+        chosen = {name: [values[row] for row in rows] for name, values in names.items()}
+        duplicate = None if self.duplicate is None else self.duplicate[rows]
+        return replace(self, **chosen, duplicate=duplicate, repeats=np.ones(len(rows), int))
 
     def virtual(self) -> np.ndarray:
         """Row of every virtual sample, int [sum of repeats]."""

@@ -14,7 +14,7 @@ from torch.utils.data import Dataset
 from memfilter.data.experiment import Experiment
 from memfilter.data.shards import MAX_PIXELS, ShardError, Shards
 
-_NOISE, _TIMESTEP, _POSTERIOR, _CAPTION, _OFFSET, _CROP, _FLIP, _ORDER = range(8)
+_NOISE, _TIMESTEP, _POSTERIOR, _CAPTION, _OFFSET, _CROP, _FLIP, _ORDER, _WORDS, _EMBEDDING = range(10)
 
 
 class SampleStream:
@@ -71,6 +71,16 @@ def timestep(seed: int, position: int, num_train_timesteps: int) -> int:
 def caption_dropped(seed: int, position: int, share: float) -> bool:
     """Whether the caption is replaced by the empty one, with probability ``share``."""
     return bool(_generator(seed, position, _CAPTION).random() < share)
+
+
+def word_draws(seed: int, position: int) -> np.random.Generator:
+    """From which changes of the caption are drawn."""
+    return _generator(seed, position, _WORDS)
+
+
+def embedding_noise(seed: int, position: int, shape: tuple[int, ...]) -> Tensor:
+    """Standard normal draw for the caption's embedding, fp32."""
+    return torch.from_numpy(_generator(seed, position, _EMBEDDING).standard_normal(shape, np.float32))
 
 
 def noise_offset(seed: int, position: int, channels: int) -> Tensor:

@@ -40,6 +40,8 @@ def open_data(config: Config, processes: int = 1) -> tuple[Source, Experiment]:
     try:
         experiment = Experiment.read(index) if index.is_file() else Experiment.of_shards(shards)
         experiment.require(shards)
+        if config.mitigation.deduplicate:
+            experiment = experiment.deduplicated()
     except ValueError as error:
         raise ConfigError(f"data.index: {error}") from error
     if not len(experiment.keys):

@@ -127,7 +127,8 @@ class Trainer:
         )
 
         # where it stands
-        self.seen, self.skipped_steps, self.seconds, self.wandb_id = 0, 0, 0.0, None
+        self.seen, self.skipped_steps, self.wandb_id = 0, 0, None
+        self.seconds, self.cpu_seconds = 0.0, 0.0  # the latter of this process, with all its threads
         self.window = [0.0, 0.0]  # loss and its weight since the last report, of all processes
         self._losses: list[tuple[torch.Tensor, torch.Tensor]] = []  # the same, of this process, not yet in the window
         self._drawn: list[dict] = []  # batches that the checkpoint's run had drawn and not trained on
@@ -190,8 +191,9 @@ class Trainer:
 
     def _train(self, validation: Validation, bar: tqdm, interruption: Interruption) -> None:
         """From the first batch that is left to the last."""
-        config, engine, began_with = self.config, self.engine, self.seconds
-        started = self.reported = time.perf_counter()
+        config, engine = self.config, self.engine
+        began = self.reported = time.perf_counter()
+        seconds, cpu_seconds = self.seconds - began, self.cpu_seconds - time.process_time()
         self.reported_at = stepped_at = self.seen
         with closing(self.batches()) as batches:
             for batch in batches:
@@ -223,7 +225,7 @@ class Trainer:
                             self.tracker.images(self.seen, "validation", pictures)
 
                 # checkpoint
-                self.seconds = began_with + time.perf_counter() - started
+                self.seconds, self.cpu_seconds = seconds + time.perf_counter(), cpu_seconds + time.process_time()
                 if self.accelerator.sync_gradients:
                     asked, every = interruption.agreed(), config.checkpoint.every
                     if asked or (every and _crosses(every, stepped_at, self.seen)):
@@ -392,6 +394,7 @@ class Trainer:
             "skipped_steps": self.skipped_steps,
             "ema_steps": self.ema.optimization_step if self.ema else 0,
             "seconds": self.seconds,
+            "cpu_seconds": self.cpu_seconds,
             "wandb_id": self.wandb_id,
             "data": self.data,
             "drawn": self.feed.state() if self.feed else [],
@@ -417,7 +420,7 @@ class Trainer:
             self.ema.shadow_params, self.ema.optimization_step = average, state["ema_steps"]
         self.mem_filter.load_state_dict(state["filter"], self.accelerator)
         self.seen, self.window, self.skipped_steps = state["samples"], state["window"], state["skipped_steps"]
-        self.seconds, self.wandb_id = state["seconds"], state["wandb_id"]
+        self.seconds, self.cpu_seconds, self.wandb_id = state["seconds"], state["cpu_seconds"], state["wandb_id"]
         log.info("goes on from %s", path)
         if self.config.data.streaming:
             log.warning("data.streaming: the stream begins anew, in another order: the samples to come are not those that "
@@ -427,7 +430,8 @@ class Trainer:
         """Exports, and draws the gallery; returns the summary."""
         config = self.config
         totals = self.mem_filter.stats.totals() | {"skipped_steps": self.skipped_steps}
-        summary = {"samples": self.seen, "seconds": self.seconds, **totals, "config": asdict(config)}
+        times = {"seconds": self.seconds, "cpu_seconds": self.cpu_seconds}
+        summary = {"samples": self.seen, **times, **totals, "config": asdict(config)}
         weights = self.ema.shadow_params if self.ema else self.engine.full_weights()
         for name, whole in zip(self.trained, weights, strict=True):
             if self.main:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from memfilter.config import Config
 from memfilter.data import sampler
+from memfilter.data.captions import caption_change
 from memfilter.data.encode import Encoder
 from memfilter.filter import MemFilter
 from memfilter.functional import min_snr_weight
@@ -48,6 +49,8 @@ class Objective:
         self.unet, self.encoder, self.mem_filter = unet, encoder, mem_filter
         self.noise_scheduler = noise_scheduler
         self.caption_dropout = config.data.caption_dropout
+        self.change_caption = caption_change(config.mitigation, encoder.pipeline.tokenizer)
+        self.embedding_noise = config.mitigation.embedding_noise
         self.remember_pictures = not config.data.random_crop
         self.input_dtype = input_dtype or torch.float32
         self.noise_offset = config.train.noise_offset
@@ -93,8 +96,17 @@ class Objective:
         # prompts
         dropped = [sampler.caption_dropped(seed, p, self.caption_dropout) for p in positions]
         captions = ["" if d else caption for d, caption in zip(dropped, batch["caption"], strict=True)]
+        if self.change_caption:
+            captions = [self.change_caption(caption, seed, p) for caption, p in zip(captions, positions, strict=True)]
+            repeats = [False] * len(captions)  # it will hardly be the same again
         conditions = self.encoder.prompts(captions, repeats, time_ids)
-        conditions["encoder_hidden_states"] = conditions["encoder_hidden_states"].to(self.input_dtype)
+        embeddings = conditions["encoder_hidden_states"]
+        if self.embedding_noise:
+            noises = [sampler.embedding_noise(seed, p, embeddings.shape[1:]) for p in positions]
+            shift = self.embedding_noise * torch.stack(noises).to(embeddings, non_blocking=True)
+            named = torch.tensor([bool(caption) for caption in captions]).to(shift.device, non_blocking=True)
+            embeddings = embeddings + torch.where(named[:, None, None], shift, 0)  # the empty prompt stays what it is
+        conditions["encoder_hidden_states"] = embeddings.to(self.input_dtype)
         target = self.target(latents, noise, timesteps)
         return Inputs(noisy_latents.to(self.input_dtype), timesteps, known_timesteps, captions, conditions, target)
 

@@ -1,0 +1,41 @@
+"""Captions that are changed each time they are shown: what others do against memorization while training.
+
+Every change is drawn from (seed, position in the stream), as everything is that touches a sample.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+from memfilter.config import MitigationConfig
+from memfilter.data.sampler import word_draws
+
+
+def caption_change(config: MitigationConfig, tokenizer) -> Callable[[str, int, int], str] | None:
+    """(caption, seed, position) -> the caption as it is shown there; None where captions stay as they are.
+
+    Args:
+        tokenizer: of the text encoder, whose tokens are the random words.
+    """
+    if not (config.random_tokens or config.repeated_words or config.random_caption):
+        return None
+    special = set(tokenizer.all_special_ids)
+    tokens = [token for token in range(len(tokenizer)) if token not in special]
+    return partial(_changed, config, lambda share: tokenizer.decode([tokens[int(share * len(tokens))]]).strip())
+
+
+def _changed(
+    config: MitigationConfig, word_at: Callable[[float], str], caption: str, seed: int, position: int
+) -> str:
+    if not caption:  # there is nothing to change in the empty prompt
+        return caption
+    words, draw = caption.split(), word_draws(seed, position)
+    if draw.random() < config.random_caption:
+        words = [word_at(draw.random()) for _ in words]
+    for _ in range(config.repeated_words):
+        word = words[draw.integers(len(words))]
+        words.insert(draw.integers(len(words) + 1), word)
+    for _ in range(config.random_tokens):
+        words.insert(draw.integers(len(words) + 1), word_at(draw.random()))
+    return " ".join(words)

@@ -1,0 +1,65 @@
+"""The table of a sweep: what every run came to."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from memfilter.files import atomic
+
+RESULTS = "results"
+COLUMNS = (
+    "method", "setting", "seed", "memorization_rate", "copy_similarity", "agreement_duplicates", "agreement_distinct",
+    "seed_agreement", "distinct_dropped", "passes", "time_ratio", "cpu_seconds", "run",
+)  # fmt: skip
+
+
+def read_figures(run: Path) -> dict[str, float | None]:
+    """Figures of a finished and evaluated run; None where a run has none, such as the agreement of pictures without scorer.
+
+    ``memorization_rate``, ``copy_similarity`` and ``seed_agreement`` are of duplicate prompts; ``distinct_dropped`` is the
+    share of distinct samples' appearances that were not trained on, ``passes`` null passes for each sample of the stream,
+    ``cpu_seconds`` of the training process.
+
+    Raises:
+        ValueError: the run is not finished or not evaluated.
+    """
+    try:
+        summary, evaluation = (json.loads((run / f"{name}.json").read_text()) for name in ("summary", "evaluation"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{run} is no run that was evaluated: {' '.join(str(error).split())}") from error
+    duplicates, distinct = evaluation.get("duplicates", {}), evaluation.get("distinct", {})
+    return {
+        "memorization_rate": duplicates.get("memorization_rate"),
+        "copy_similarity": duplicates.get("copy_similarity"),
+        "agreement_duplicates": duplicates.get("agreement"),
+        "agreement_distinct": distinct.get("agreement"),
+        "seed_agreement": duplicates.get("seed_agreement"),
+        "distinct_dropped": summary.get("filter/drop_rate_distinct", 0.0),
+        "passes": summary.get("filter/pass_share", 0.0),
+        "cpu_seconds": summary["cpu_seconds"],
+    }
+
+
+def write_results(rows: list[dict], out: Path) -> None:
+    """results.csv and results.parquet, with `COLUMNS` first and what was swept after them."""
+    more = dict.fromkeys(name for row in rows for name in row if name not in COLUMNS)
+    names = [*COLUMNS, *more]
+    rounded = [{name: _rounded(row.get(name)) for name in names} for row in rows]
+    with atomic(out / f"{RESULTS}.csv") as partial, partial.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, names)
+        writer.writeheader()
+        writer.writerows(rounded)
+    texts = [name for name in more if len({type(row.get(name)) for row in rows}) > 1]  # Parquet has one type a column
+    for row in rounded:
+        row.update({name: str(row[name]) for name in texts})
+    with atomic(out / f"{RESULTS}.parquet") as partial:
+        pq.write_table(pa.Table.from_pylist(rounded), partial)
+
+
+def _rounded(value):
+    return float(f"{value:.6g}") if isinstance(value, float) else value

@@ -1,0 +1,259 @@
+"""Sweeps: the runs of a W&B sweep file, one after the other on one machine and without a server.
+
+The file is W&B's own (``wandb sweep FILE`` and ``wandb agent`` take it too), and the commands are made by W&B's own code, so
+that equal settings reach a run as equal words. A run lives where its settings say (``{digest}`` in run_dir): what was made
+for one table is found by another, and a sweep that was killed goes on.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import contextmanager
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+
+import yaml
+from tqdm import tqdm
+
+from memfilter.arguments import parse
+from memfilter.config import Config, ConfigError, FilterConfig, MitigationConfig, digest
+from memfilter.eval.results import read_figures, write_results
+
+_KNOWN = {"program", "command", "method", "parameters", "name", "description", "project", "entity", "metric", "run_cap"}
+
+
+@dataclass(frozen=True)
+class Point:
+    """One run of a sweep.
+
+    Args:
+        settings: parameter -> value.
+        command: its words.
+        config: what it asks for.
+    """
+
+    settings: dict[str, object]
+    command: list[str]
+    config: Config
+
+
+@dataclass
+class Sweep:
+    """Runs a sweep.
+
+    Args:
+        points: its runs.
+        out: directory for results.csv, results.parquet and logs/.
+        evaluate: words for `memfilter evaluate`, after the run's directory.
+        processes: so many runs at a time.
+    """
+
+    points: list[Point]
+    out: Path
+    evaluate: list[str] = field(default_factory=list)
+    processes: int = 1
+
+    def run(self, progress: bool = True) -> list[dict]:
+        """Trains and evaluates what is not there yet; rows of the table, which is written anew after every run.
+
+        Raises:
+            SweepError: runs have failed; all others were made.
+        """
+        (self.out / "logs").mkdir(parents=True, exist_ok=True)
+        rows, failed = [], []
+        with (
+            _children() as children,
+            tqdm(total=len(self.points), unit="run", desc=self.out.name, disable=not progress) as bar,
+            ThreadPoolExecutor(self.processes) as pool,
+        ):
+            jobs = {pool.submit(self._make, point, children): point for point in self.points}
+            try:
+                for job in as_completed(jobs):
+                    if log := job.result():
+                        failed.append(f"run {jobs[job].config.run_dir} failed: see {log}")
+                    else:
+                        rows.append(self._row(jobs[job]))
+                        write_results(_with_time_ratios(rows), self.out)
+                    bar.update()
+            except BaseException:
+                pool.shutdown(wait=False, cancel_futures=True)
+                raise
+        if failed:
+            raise SweepError("\n".join(failed))
+        return _with_time_ratios(rows)
+
+    def _make(self, point: Point, children: _Children) -> Path | None:
+        """The run and its evaluation; the log where one of them failed."""
+        run = Path(point.config.run_dir)
+        log = self.out / "logs" / f"{digest(point.config)}.log"
+        evaluate = [sys.executable, "-m", "memfilter.cli", "evaluate", str(run), *self.evaluate]
+        steps = [point.command] if not (run / "summary.json").is_file() else []
+        return log if any(children.call(step, log) for step in (*steps, evaluate)) else None
+
+    def _row(self, point: Point) -> dict:
+        method, setting = describe(point.config)
+        names = {"method": method, "setting": setting, "seed": point.config.train.seed}
+        plain = replace(point.config, filter=FilterConfig(tau=None), mitigation=MitigationConfig())
+        about = {"run": point.config.run_dir, "_base": digest(plain)}
+        swept = {name: value for name, value in point.settings.items() if name not in ("config", "train.seed")}
+        return names | read_figures(Path(point.config.run_dir)) | swept | about
+
+
+class SweepError(ValueError):
+    """Some runs of a sweep have failed; a line for each."""
+
+
+def read_sweep(path: Path) -> list[Point]:
+    """The points of a grid, in its order: the last parameter changes fastest.
+
+    Raises:
+        ConfigError: the file is no sweep that runs here, or a point cannot be run; with all that is wrong.
+    """
+    from wandb.sdk.launch.sweeps.utils import create_sweep_command, create_sweep_command_args
+
+    try:
+        asked = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ConfigError(f"{path}: {' '.join(str(error).split())}") from error
+    if not isinstance(asked, dict) or not isinstance(asked.get("parameters"), dict) or not asked.get("program"):
+        raise ConfigError(f"{path} is no sweep: it needs program and parameters, as W&B has them")
+    errors = [f"{path}: {name} has no meaning here" for name in asked if name not in _KNOWN]
+    if asked.get("method") != "grid":
+        errors.append(f"{path}: method={asked.get('method')} needs W&B's server; here only grid works")
+    values = {}
+    for name, said in asked["parameters"].items():
+        if not isinstance(said, dict) or len(said.keys() & {"value", "values"}) != 1 or len(said) > 1:
+            errors.append(f"{path}: parameter {name} needs value or values, and nothing else")
+        elif "values" in said and not (isinstance(said["values"], list) and said["values"]):
+            errors.append(f"{path}: parameter {name}: values must be a list")
+        else:
+            values[name] = said.get("values", [said.get("value")])
+    if errors:
+        raise ConfigError("\n".join(errors))
+
+    points = []
+    for chosen in itertools.product(*values.values()):
+        settings = dict(zip(values, chosen, strict=True))
+        words = create_sweep_command(list(asked.get("command") or []) or None)
+        filled = create_sweep_command_args({"args": {name: {"value": value} for name, value in settings.items()}})
+        filled |= {"env": ["/usr/bin/env"], "interpreter": ["python"], "program": [asked["program"]]}
+        command: list[str] = []
+        for word in map(str, words):
+            macro = word.startswith("${") and word.endswith("}")
+            command += filled.get(word[2:-1], []) if macro else [word]
+        try:
+            after = command[command.index(asked["program"]) + 1 :]
+            config = parse(after)
+            if not config.checkpoint.resume:
+                raise ConfigError("the command must say --checkpoint.resume=true, for a sweep that was killed to go on")
+        except (ConfigError, ValueError) as error:
+            errors += [f"{path}: {line}" for line in str(error).splitlines()]
+            continue
+        points.append(Point(settings, command, config))
+    places: dict[str, Point] = {}
+    for point in points:
+        if point.config.run_dir in places:
+            errors.append(f"{path}: several points go to {point.config.run_dir}: put {{digest}} into run_dir")
+        places[point.config.run_dir] = point
+    if errors:
+        raise ConfigError("\n".join(dict.fromkeys(errors)))
+    return points
+
+
+def describe(config: Config) -> tuple[str, str]:
+    """What is done against memorization, by the names of the table: (method, setting); several are joined by +."""
+    rule, others, methods, settings = config.filter, config.mitigation, [], []
+    chief = {"tau": "tau", "timestep": "false_positive_rate", "evidence": "false_flag_rate", "agc": "loss_ratio",
+             "sightings": "sightings"}  # fmt: skip
+    if rule.method != "tau" or rule.tau is not None:
+        usual = FilterConfig()
+        changed = [
+            f"{setting.name}={_short(getattr(rule, setting.name))}"
+            for setting in fields(FilterConfig)
+            if setting.name not in ("method", "tau", "calibration", "max_empty_steps", "table_size", chief.get(rule.method))
+            and getattr(rule, setting.name) != getattr(usual, setting.name)
+        ]
+        main = [_short(getattr(rule, chief[rule.method]))] if rule.method in chief else []
+        methods.append(rule.method)
+        settings.append(", ".join(main + changed))
+    for name, label, form in (
+        ("random_tokens", "rta", "n={}"),
+        ("repeated_words", "repeat", "n={}"),
+        ("random_caption", "random_caption", "{}"),
+        ("embedding_noise", "embedding_noise", "{}"),
+        ("deduplicate", "dedup", ""),
+    ):
+        if value := getattr(others, name):
+            methods.append(label)
+            settings.append(form.format(_short(value)))
+    return "+".join(methods) or "none", " + ".join(filter(None, settings))
+
+
+def _short(value: object) -> str:
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def _with_time_ratios(rows: list[dict]) -> list[dict]:
+    """CPU seconds of training to those of the run that differs in nothing but filter and mitigation, where it is there."""
+    base = {row["_base"]: row["cpu_seconds"] for row in rows if row["method"] == "none"}
+    made = []
+    for row in rows:
+        ratio = row["cpu_seconds"] / base[row["_base"]] if row["_base"] in base else None
+        made.append({name: value for name, value in row.items() if not name.startswith("_")} | {"time_ratio": ratio})
+    return sorted(made, key=lambda row: (row["method"] != "none", row["method"], row["setting"], row["seed"]))
+
+
+class _Children:
+    """Processes that end with this one."""
+
+    def __init__(self):
+        self._running: set[subprocess.Popen] = set()
+        self._lock, self._stopped = threading.Lock(), False
+
+    def call(self, command: list[str], log: Path) -> int:
+        """Exit code; what it prints goes to the end of the log."""
+        with log.open("ab") as file:
+            file.write(f"$ {shlex.join(command)}\n".encode())
+            file.flush()
+            with self._lock:
+                if self._stopped:
+                    return 1
+                child = subprocess.Popen(command, stdout=file, stderr=file, start_new_session=True)
+                self._running.add(child)
+            try:
+                return child.wait()
+            finally:
+                with self._lock:
+                    self._running.discard(child)
+
+    def stop(self) -> None:
+        """They are told to end, which makes a checkpoint of a run."""
+        with self._lock:
+            self._stopped = True
+            for child in self._running:
+                os.killpg(child.pid, signal.SIGTERM)
+
+
+@contextmanager
+def _children() -> Iterator[_Children]:
+    """SIGTERM and Ctrl-C end the children too."""
+    children = _Children()
+
+    def on_signal(number, frame):
+        children.stop()
+        raise KeyboardInterrupt
+
+    before = {number: signal.signal(number, on_signal) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield children
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -1,0 +1,203 @@
+"""Sweeps: what their files ask for, and two real runs made both ways."""
+
+import csv
+import os
+import signal
+import subprocess
+import sys
+import time
+from contextlib import suppress
+from pathlib import Path
+
+import psutil
+import pyarrow.parquet as pq
+import pytest
+import yaml
+from safetensors.torch import load_file
+from wandb.sdk.launch.sweeps.utils import create_sweep_command, create_sweep_command_args
+
+from memfilter.arguments import parse
+from memfilter.cli import main
+from memfilter.config import ConfigError, digest
+from memfilter.sweep import describe, read_sweep
+
+ROOT = Path(__file__).resolve().parents[1]
+ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+LAUNCH = ["accelerate", "launch", "--num_processes=1", "--num_machines=1", "--mixed_precision=no", "--dynamo_backend=no"]
+
+
+def written(path: Path, **changes) -> Path:
+    sweep = {
+        "program": "train_filtered.py",
+        "method": "grid",
+        "command": [*LAUNCH, "${program}", "--run_dir=runs/{digest}", "--checkpoint.resume=true", "${args}"],
+        "parameters": {"train.seed": {"values": [1, 2]}, "filter.tau": {"values": [3.0, None]}},
+    }
+    path.write_text(yaml.safe_dump(sweep | changes, sort_keys=False))
+    return path
+
+
+def test_points_are_the_grid_and_words_are_those_of_wandb(tmp_path):
+    points = read_sweep(written(tmp_path / "sweep.yaml"))
+    assert [(p.config.train.seed, p.config.filter.tau) for p in points] == [(1, 3), (1, None), (2, 3), (2, None)]
+    assert points[1].settings == {"train.seed": 1, "filter.tau": None}
+    begin = [*LAUNCH, "train_filtered.py", "--run_dir=runs/{digest}", "--checkpoint.resume=true"]
+    assert points[1].command == [*begin, "--train.seed=1", "--filter.tau=None"]
+    assert len({p.config.run_dir for p in points}) == 4
+    assert all(p.config.run_dir == f"runs/{digest(p.config)}" for p in points)
+
+
+def test_name_of_a_run_depends_on_what_the_weights_depend_on():
+    def name(*settings):
+        return digest(parse(["--filter.tau=3", *settings]))
+
+    assert name() == name("--run_dir=elsewhere", "--log.every=8", "--checkpoint.every=8", "--data.workers=2")
+    others = [name(s) for s in ("--filter.tau=4", "--train.seed=1", "--data.path=other", "--mitigation.random_tokens=1")]
+    assert len({name(), *others}) == 5
+
+
+def test_seed_stands_in_paths():
+    config = parse(["--run_dir=runs/{seed}", "--data.path=scenes-{seed}", "--data.index=i-{seed}", "--train.seed=7"])
+    assert (config.run_dir, config.data.path, config.data.index) == ("runs/7", "scenes-7", "i-7")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"method": "bayes"}, "method=bayes needs W&B's server; here only grid works"),
+        ({"early_terminate": {"type": "hyperband"}}, "early_terminate has no meaning here"),
+        ({"parameters": {"filter.tau": {"min": 1, "max": 5}}}, "parameter filter.tau needs value or values, and nothing else"),
+        ({"parameters": {"filter.tau": {"values": []}}}, "parameter filter.tau: values must be a list"),
+        ({"parameters": {"filter.tua": {"values": [3]}}}, "filter.tua is no setting: did you mean filter.tau?"),
+        ({"parameters": {"log.every": {"values": [8, 80]}}}, "several points go to runs/"),
+        ({"command": ["${program}", "${args}"]}, "the command must say --checkpoint.resume=true"),
+        ({"program": None}, "is no sweep: it needs program and parameters"),
+    ],
+)
+def test_what_does_not_run_here_is_told_before_anything_runs(tmp_path, changes, message):
+    path = written(tmp_path / "sweep.yaml", **changes)
+    with pytest.raises(ConfigError) as error:
+        read_sweep(path)
+    assert message in str(error.value) and all(line.startswith(str(path)) for line in str(error.value).splitlines())
+
+
+@pytest.mark.parametrize("content", ["[1, 2]", "a: [", "", "\x00"])
+def test_file_that_is_no_sweep_is_refused_in_one_line(tmp_path, capsys, content):
+    path = tmp_path / "sweep.yaml"
+    path.write_text(content)
+    assert main(["sweep", str(path)]) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"error: {path}")
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs" / "sweeps").glob("*.yaml")), ids=lambda path: path.stem)
+def test_sweeps_that_come_with_the_project_can_be_run(path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    points = read_sweep(path)
+    assert all(point.command[:2] == ["accelerate", "launch"] for point in points)
+    first = path.read_text().splitlines()[0].removeprefix("# ").split()
+    assert first[:3] == ["memfilter", "sweep", f"configs/sweeps/{path.name}"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        (["--filter.tau=null"], ("none", "")),
+        (["--filter.tau=3"], ("tau", "3")),
+        (["--filter.tau=3", "--filter.unit=rms"], ("tau", "3, unit=rms")),
+        (["--filter.method=evidence", "--filter.gate=-inf"], ("evidence", "0.02, gate=-inf")),
+        (["--filter.method=timestep", "--filter.tau=9"], ("timestep", "0.02")),
+        (["--filter.method=oracle"], ("oracle", "")),
+        (["--filter.tau=null", "--mitigation.random_tokens=4"], ("rta", "n=4")),
+        (["--filter.tau=null", "--mitigation.deduplicate=true"], ("dedup", "")),
+        (["--filter.tau=3", "--mitigation.random_caption=0.4"], ("tau+random_caption", "3 + 0.4")),
+        (["--filter.method=agc", "--mitigation.embedding_noise=0.1"], ("agc+embedding_noise", "1.25 + 0.1")),
+    ],
+)
+def test_run_is_called_by_what_it_does_against_memorization(settings, expected):
+    assert describe(parse(settings)) == expected
+
+
+# real runs
+
+
+@pytest.fixture
+def sweep(tmp_path, scenes_dir):
+    """Factory: a sweep of two tiny runs of the embedded model, which go to a directory."""
+
+    def make(name: str, samples: int = 16, **parameters) -> Path:
+        command = [
+            *LAUNCH, "${program}", f"--run_dir={tmp_path / name}/{{digest}}", f"--data.path={scenes_dir}",
+            f"--train.samples={samples}", "--train.batch_size=8", "--log.every=8", "--log.gallery=0",
+            "--checkpoint.resume=true", "--checkpoint.every=8", "${args}",
+        ]  # fmt: skip
+        parameters = {"filter.tau": {"values": [3.0, None]}} | parameters
+        return written(tmp_path / f"{name}.yaml", command=command, parameters=parameters)
+
+    return make
+
+
+EVALUATE = "--evaluate=--distinct=1 --seeds=2 --steps=2"
+
+
+def test_wandb_agent_and_this_make_the_same_weights_and_the_table_says_what_came_of_them(sweep, tmp_path):
+    assert subprocess.run(
+        [sys.executable, "-m", "memfilter.cli", "sweep", sweep("here"), "--out", tmp_path / "out", EVALUATE],
+        cwd=ROOT, env=ENVIRONMENT, capture_output=True,
+    ).returncode == 0  # fmt: skip
+    agent = yaml.safe_load(sweep("agent").read_text())
+    rows = list(csv.DictReader((tmp_path / "out" / "results.csv").open(newline="")))
+    assert pq.read_table(tmp_path / "out" / "results.parquet").num_rows == len(rows) == 2
+    assert [(row["method"], row["setting"], row["seed"]) for row in rows] == [("none", "", "0"), ("tau", "3", "0")]
+    assert rows[0]["time_ratio"] == "1.0" and float(rows[1]["time_ratio"]) > 0
+    assert float(rows[0]["passes"]) == 0 and float(rows[1]["passes"]) == 1
+    assert all(0 <= float(row["agreement_distinct"]) <= 1 for row in rows)
+    for tau in (3.0, None):
+        words = create_sweep_command_args({"args": {"filter.tau": {"value": tau}}})["args"]
+        place = {"${program}": [agent["program"]], "${args}": words}
+        command = [part for word in create_sweep_command(list(agent["command"])) for part in place.get(word, [word])]
+        subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, check=True, capture_output=True)
+    here, there = (sorted((tmp_path / name).iterdir()) for name in ("here", "agent"))
+    assert len(here) == 2 and [run.name for run in here] == [run.name for run in there]
+    for one, other in zip(here, there, strict=True):
+        a, b = (load_file(run / "pipeline" / "unet" / "diffusion_pytorch_model.safetensors") for run in (one, other))
+        assert a.keys() == b.keys() and all((a[name] == b[name]).all() for name in a)
+
+
+def test_sweep_that_was_killed_goes_on_and_a_run_that_fails_fails_it(sweep, tmp_path):
+    # all is dropped at 0, which is an error after three steps; the other run is killed in its midst
+    parameters = {"filter.max_empty_steps": {"value": 3}, "filter.tau": {"values": [0.0, 3.0]}}
+    command = [sys.executable, "-m", "memfilter.cli", "sweep", sweep("runs", 160, **parameters), "--out", tmp_path / "out", EVALUATE]
+    process = subprocess.Popen(command, cwd=ROOT, env=ENVIRONMENT, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 240
+    while not (made := list(tmp_path.glob("runs/*/checkpoints/[0-9]*3[0-9]"))) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    children = psutil.Process(process.pid).children(recursive=True)
+    process.kill()
+    for child in children:
+        with suppress(psutil.NoSuchProcess):
+            child.kill()
+    process.wait()
+    run = made[0].parents[1]
+    assert children and not (run / "summary.json").exists()
+    done = subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True)
+    assert done.returncode == 1
+    (line,) = (line for line in done.stderr.splitlines() if line.startswith("error: "))
+    log = Path(line.rpartition("see ")[2])
+    assert log.parent == tmp_path / "out" / "logs" and "filter.tau=0.0 is below the norm of everything" in log.read_text()
+    assert "goes on from" in (log.parent / f"{run.name}.log").read_text()
+    (row,) = csv.DictReader((tmp_path / "out" / "results.csv").open(newline=""))
+    assert (row["method"], row["setting"], row["time_ratio"]) == ("tau", "3", "")
+
+
+def test_stopping_the_sweep_stops_its_runs(sweep, tmp_path):
+    command = [sys.executable, "-m", "memfilter.cli", "sweep", sweep("runs", samples=80_000), "--out", tmp_path / "out"]
+    process = subprocess.Popen(command, cwd=ROOT, env=ENVIRONMENT, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while not list(tmp_path.glob("runs/*/checkpoints/[0-9]*")) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    children = psutil.Process(process.pid).children(recursive=True)
+    assert children
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=60) != 0
+    assert not psutil.wait_procs(children, timeout=30)[1]
