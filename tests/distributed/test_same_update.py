@@ -91,9 +91,8 @@ def test_ranks_and_micro_batches_train_as_one_process_does(trained, optimizer, s
     assert_same(trained(optimizer, split), one, optimizer)
 
 
-@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
-@pytest.mark.parametrize("zero", ["zero1", "zero2", "zero3"])
-def test_deepspeed_trains_as_one_process_does(trained, optimizer, zero):
+@pytest.mark.parametrize(("zero", "optimizer"), [("zero1", "sgd"), ("zero2", "adamw"), ("zero3", "sgd"), ("zero3", "adamw")])
+def test_deepspeed_trains_as_one_process_does(trained, zero, optimizer):
     assert_same(trained(optimizer, "2 x 2 x 2", zero), trained(optimizer, "1 x 8"), optimizer)
 
 
