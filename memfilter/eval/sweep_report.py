@@ -81,7 +81,7 @@ def write_sweep_report(sweep: Path, out: Path | None = None) -> Path:
         charts={name: list(zip([panel.title for panel in chart.panels], charts.as_plotly(chart, styles), strict=True))
                 for name, chart in drawn.items()},
         chosen={printable(method): printable(setting) for method, setting in chosen.items()},
-        prompts=_gallery(prompts, chosen, evaluation),
+        prompts=gallery(prompts, chosen, evaluation),
         seed=seed,
         side=SIDE,
     )  # fmt: skip
@@ -111,7 +111,7 @@ def _text(value: float, figure: data.Figure) -> str:
     return "" if math.isnan(value) else figure.form.format(value)
 
 
-def _gallery(prompts: list[data.Prompt], chosen: dict[str, str], evaluation: dict | None) -> list[dict]:
+def gallery(prompts: list[data.Prompt], chosen: dict[str, str], evaluation: dict | None) -> list[dict]:
     """What the page shows of each prompt."""
     rows = []
     for prompt in prompts:

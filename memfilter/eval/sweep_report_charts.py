@@ -30,8 +30,8 @@ _STYLES = {
     "random_caption": ("#a9743a", "triangle-right", ">"),
     "embedding_noise": ("#d6a400", "cross", "P"),
     "agc": ("#0ca678", "x", "X"),
-    "dedup": ("#74b816", "pentagon", "p"),
-    "sightings": ("#2f9e44", "hexagon", "h"),
+    "dedup": ("#0b7285", "pentagon", "p"),
+    "sightings": ("#74b816", "hexagon", "h"),
     ORACLE: (GREY, "star", "*"),
 }
 _OTHERS = (("#4263eb", "circle", "o"), ("#e03131", "diamond", "D"), ("#099268", "square", "s"), ("#ae3ec9", "cross", "P"))
@@ -175,7 +175,7 @@ def _axis(figure: str) -> Axis:
 
 def tradeoff(summary: pd.DataFrame, results: pd.DataFrame, y: str) -> Chart:
     """What is memorized against how well pictures agree with captions, on duplicate and on distinct prompts."""
-    panels = [_scatter(f"{group} prompts", summary, results, f"agreement_{group}", y) for group in GROUPS]
+    panels = [_scatter(f"{group.removesuffix('s')} prompts", summary, results, f"agreement_{group}", y) for group in GROUPS]
     return Chart(f"tradeoff_{y}", _axis(y), panels, same_x=True, labelled=True, guides=True)
 
 
@@ -191,9 +191,9 @@ def drop_rate_chart(rates: pd.DataFrame) -> Chart:
     panels = []
     for group in GROUPS:
         lines = []
-        for method, own in rates[rates["group"] == group].groupby("method", sort=False):
-            points = over_seeds(own, ["setting", "samples"], "rate").sort_values("samples")
-            lines.append(Line(method, points["samples"].tolist(), points["mean"].tolist(), points["setting"].tolist()))
+        for (method, setting), own in rates[rates["group"] == group].groupby(["method", "setting"], sort=False):
+            points = own.groupby("point")[["samples", "rate"]].mean()  # seeds pass samples over, and so log at other places
+            lines.append(Line(method, points["samples"].tolist(), points["rate"].tolist(), [setting] * len(points)))
         panels.append(Panel(group, Axis("samples seen", COUNT), lines))
     return Chart("drop_rates", Axis("drop rate", PERCENT, share=True), panels, same_x=True, y_range=(-0.03, 1.03))
 
@@ -201,13 +201,14 @@ def drop_rate_chart(rates: pd.DataFrame) -> Chart:
 def classifier_chart(aucs: pd.DataFrame) -> Chart:
     """AUC by timestep bin: means over seeds with their intervals."""
     lines = []
-    for (method, score), own in aucs.groupby(["method", "score"], sort=False):
-        points = over_seeds(own, ["setting", "timestep"], "auc").sort_values("timestep")
-        notes = [f"{setting}, {score}" if setting else score for setting in points["setting"]]
+    for (method, setting, score), own in aucs.groupby(["method", "setting", "score"], sort=False):
+        points = over_seeds(own, ["timestep"], "auc").sort_values("timestep")
+        notes = [f"{setting}, {score}" if setting else score] * len(points)
         middles = [start + BIN / 2 for start in points["timestep"]]
         lines.append(Line(method, middles, points["mean"].tolist(), notes, [], points["half_width"].tolist()))
     panel = Panel("duplicates against distinct samples", Axis("timestep"), lines)
-    return Chart("classifier", Axis("AUC", share=True), [panel])
+    lowest = min((value for line in lines for value in line.y), default=0.5)
+    return Chart("classifier", Axis("AUC", share=True), [panel], y_range=(min(0.47, lowest - 0.03), 1.03))
 
 
 def as_plotly(chart: Chart, styles: dict[str, Style]) -> list[Markup | None]:
@@ -219,12 +220,16 @@ def as_plotly(chart: Chart, styles: dict[str, Style]) -> list[Markup | None]:
             continue
         figure = blank(panel.x.label, chart.y.label)
         figure.update_layout(showlegend=False, margin={"t": 16}, hoverlabel={"align": "left"})
+        x_range, y_range = chart.ranges()[i]
         for line in panel.lines:
-            figure.add_trace(_trace(line, styles[line.method], panel.x, chart.y))
+            trace = _trace(line, styles[line.method], panel.x, chart.y)
+            if line.method in MARKED and chart.labelled:
+                trace.update(mode="lines+markers+text", text=[trace.name] * len(line.x),
+                             textposition=_free_side(line, panel, x_range, y_range))  # fmt: skip
+            figure.add_trace(trace)
         for x, y in _guides(chart, panel):
             figure.add_vline(x, line={"dash": "dot", "width": 1, "color": GREY}, layer="below")
             figure.add_hline(y, line={"dash": "dot", "width": 1, "color": GREY}, layer="below")
-        x_range, y_range = chart.ranges()[i]
         figure.update_xaxes(range=x_range, tickformat=panel.x.ticks)
         figure.update_yaxes(range=y_range, tickformat=chart.y.ticks)
         drawn.append(as_html(figure, f"{chart.name}-{i}"))
@@ -235,8 +240,22 @@ def _guides(chart: Chart, panel: Panel) -> list[tuple[float, float]]:
     return [(line.x[0], line.y[0]) for line in panel.lines if chart.guides and line.method == NONE]
 
 
+def _free_side(line: Line, panel: Panel, x_range: tuple[float, float], y_range: tuple[float, float]) -> str:
+    """The corner of a line's first point, for plotly, near which the fewest other points lie."""
+    points = [((x - line.x[0]) / (x_range[1] - x_range[0]), (y - line.y[0]) / (y_range[1] - y_range[0]))
+              for other in panel.lines if other is not line for x, y in zip(other.x, other.y, strict=True)]  # fmt: skip
+    place = [(line.x[0] - x_range[0]) / (x_range[1] - x_range[0]), (line.y[0] - y_range[0]) / (y_range[1] - y_range[0])]
+    corners = {"top right": (1, 1), "top left": (-1, 1), "bottom left": (-1, -1), "bottom right": (1, -1)}
+
+    def in_the_way(corner: str) -> int:
+        right, up = corners[corner]
+        outside = sum(not 0 < at + room < 1 for at, room in zip(place, (0.12 * right, 0.08 * up), strict=True))
+        return 100 * outside + sum(-0.02 < x * right < 0.15 and -0.02 < y * up < 0.1 for x, y in points)
+
+    return min(corners, key=in_the_way)
+
+
 def _trace(line: Line, style: Style, x: Axis, y: Axis) -> go.Scatter:
-    marked = line.method in MARKED and bool(line.x_error)
     errors = {f"error_{axis}": {"type": "data", "array": _gaps(values), "thickness": 1, "width": 0, "color": _faded(style.colour)}
               for axis, values in (("x", line.x_error), ("y", line.y_error)) if values}  # fmt: skip
     name = text_for_plotly(line.method)
@@ -244,9 +263,7 @@ def _trace(line: Line, style: Style, x: Axis, y: Axis) -> go.Scatter:
         x=line.x,
         y=line.y,
         name=name,
-        mode="lines+markers+text" if marked else "lines+markers",
-        text=[name] * len(line.x) if marked else None,
-        textposition="top right",
+        mode="lines+markers",
         cliponaxis=False,
         line={"color": style.colour, "width": 1.5},
         marker={"symbol": style.symbol, "color": style.colour, "size": _size(line, 9) + 5 * (line.method == ORACLE)},
@@ -283,8 +300,8 @@ def text_for_plotly(text: str, limit: int = 60) -> str:
     return html.escape(text if len(text) <= limit else text[: limit - 1] + "…", quote=False)
 
 
-def save_png(chart: Chart, styles: dict[str, Style], path: Path) -> None:
-    """The chart as a picture on white."""
+def as_matplotlib(chart: Chart, styles: dict[str, Style]):
+    """The chart on white, as a figure of matplotlib that belongs to no window; panels without points are left out."""
     from matplotlib import rc_context
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -308,11 +325,17 @@ def save_png(chart: Chart, styles: dict[str, Style], path: Path) -> None:
         handles = [axes[0].plot([], [], color=styles[m].colour, marker=styles[m].marker, lw=1.2)[0] for m in shown]
         figure.legend(handles, [printable(m)[:40] for m in shown], loc="outside lower center", ncols=min(len(shown), 6), frameon=False)
         if chart.labelled:
-            figure.draw_without_rendering()  # labels need to know where the points have come to lie
+            figure.draw_without_rendering()  # labels need to know where the points have come to lie, and stay
+            figure.set_layout_engine("none")
             for axis, panel in zip(axes, panels, strict=True):
                 _label(axis, panel, styles)
-        with atomic(path) as partial:
-            figure.savefig(partial, format="png", dpi=150)
+    return figure
+
+
+def save_png(chart: Chart, styles: dict[str, Style], path: Path) -> None:
+    """The chart as a picture."""
+    with atomic(path) as partial:
+        as_matplotlib(chart, styles).savefig(partial, format="png", dpi=150)
 
 
 def _draw(axis, chart: Chart, panel: Panel, styles: dict[str, Style]) -> None:
@@ -321,7 +344,7 @@ def _draw(axis, chart: Chart, panel: Panel, styles: dict[str, Style]) -> None:
         errors = {f"{name}err": values for name, values in (("x", line.x_error), ("y", line.y_error)) if values}
         axis.errorbar(
             line.x, line.y, **errors, color=style.colour, ecolor=_mixed(style.colour), elinewidth=0.8, lw=1.2,
-            marker=style.marker, ms=_size(line, 6) + 4 * (line.method == ORACLE), zorder=3,
+            marker=style.marker, ms=_size(line, 6) + 4 * (line.method == ORACLE and chart.labelled), zorder=3,
         )  # fmt: skip
     for x, y in _guides(chart, panel):
         axis.axvline(x, color=GREY, ls=":", lw=0.8, zorder=1)
@@ -335,10 +358,12 @@ def _mixed(colour: str) -> tuple[float, ...]:
 
 def _label(axis, panel: Panel, styles: dict[str, Style]) -> None:
     """Writes notes beside points, where no other note and no point stands; a note without room is left out."""
+    from matplotlib.patheffects import withStroke
     from matplotlib.transforms import Bbox
 
+    half = 5 * axis.figure.dpi / 72  # of a mark
     points = [axis.transData.transform(point) for line in panel.lines for point in zip(line.x, line.y, strict=True)]
-    taken = [Bbox.from_extents(x - 6, y - 6, x + 6, y + 6) for x, y in points]
+    taken = [Bbox.from_extents(x - half, y - half, x + half, y + half) for x, y in points]
     frame = axis.get_window_extent()
     renderer = axis.figure.canvas.get_renderer()
     for line in panel.lines:
@@ -347,7 +372,8 @@ def _label(axis, panel: Panel, styles: dict[str, Style]) -> None:
             for dx, dy, ha, va in ((5, 3, "left", "bottom"), (5, -3, "left", "top"), (-5, 3, "right", "bottom"),
                                    (-5, -3, "right", "top"), (0, 6, "center", "bottom"), (0, -6, "center", "top")):  # fmt: skip
                 text = axis.annotate(printable(note)[:24], (x, y), (dx, dy), textcoords="offset points", ha=ha, va=va,
-                                     fontsize=7, color=styles[line.method].colour, annotation_clip=False)  # fmt: skip
+                                     fontsize=7, color=styles[line.method].colour, annotation_clip=False, zorder=4,
+                                     path_effects=[withStroke(linewidth=2, foreground="white")])  # fmt: skip
                 box = text.get_window_extent(renderer)
                 if frame.contains(box.x0, box.y0) and frame.contains(box.x1, box.y1) and not box.count_overlaps(taken):
                     taken.append(box)

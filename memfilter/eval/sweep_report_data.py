@@ -86,28 +86,25 @@ def read_results(sweep: Path) -> pd.DataFrame:
     table = table[names].assign(run=table.get("run", ""))
     for name in ("seed", *FIGURES):
         with readable(path):
-            table[name] = pd.to_numeric(table[name].replace("", "nan"))
+            table[name] = pd.to_numeric(table[name].mask(table[name].str.lower().isin(["", "nan"])))
     if table["seed"].isna().any():
         raise ReportError(f"{path} has rows without a seed")
     if (twice := table.duplicated(["method", "setting", "seed"])).any():
         method, setting, seed = table.loc[twice, ["method", "setting", "seed"]].iloc[0]
-        raise ReportError(f"{path} has two rows of method {method!r}, setting {setting!r}, seed {seed:g}")
+        raise ReportError(f"{path} has two rows of method {method!r}, setting {setting!r}, seed {seed:.0f}")
     return table
 
 
-def half_width(values: pd.Series | np.ndarray) -> float:
-    """Half of the 95% interval of the mean, by Student's t; NaN for fewer than two values."""
+def over_seeds(table: pd.DataFrame, by: list[str], value: str) -> pd.DataFrame:
+    """Columns seeds, mean and half_width of what is known of ``value``, for each combination of ``by``.
+
+    Half the width of the 95% interval of the mean, by Student's t; NaN for a single seed.
+    """
     from scipy import stats
 
-    if len(values) < 2:
-        return float("nan")
-    return float(stats.t.ppf(0.975, len(values) - 1) * stats.sem(values))
-
-
-def over_seeds(table: pd.DataFrame, by: list[str], value: str) -> pd.DataFrame:
-    """Columns seeds, mean and half_width of what is known of ``value``, for each combination of ``by``."""
-    found = table.dropna(subset=[value]).groupby(by, sort=False)[value]
-    return found.agg(seeds="count", mean="mean", half_width=half_width).reset_index()
+    found = table.dropna(subset=[value]).groupby(by, sort=False)[value].agg(seeds="count", mean="mean", error="sem")
+    found["half_width"] = stats.t.ppf(0.975, found["seeds"] - 1) * found.pop("error")
+    return found.reset_index()
 
 
 def summarize(results: pd.DataFrame) -> pd.DataFrame:
@@ -138,7 +135,7 @@ def representatives(results: pd.DataFrame, tolerance: float = 0.02) -> dict[str,
         own = means.loc[method].loc[settings]
         good = own[own["agreement_distinct"] >= (1 - tolerance) * plain]
         column = -good["memorization_rate"] if len(good) else own["agreement_distinct"]
-        chosen[method] = settings[0] if column.isna().all() else column.idxmax()
+        chosen[method] = column.index[0] if column.isna().all() else column.idxmax()
     return chosen
 
 
@@ -185,7 +182,8 @@ def common_evaluation(runs: pd.DataFrame) -> dict | None:
 
 
 def read_drop_rates(runs: pd.DataFrame) -> pd.DataFrame:
-    """Rows of method, setting, seed, group, samples, rate: a point of metrics.jsonl each, of runs that drop something."""
+    """Rows of method, setting, seed, group, point, samples, rate, of runs that drop something; ``point`` counts the lines of
+    metrics.jsonl."""
     rows = []
     for method, setting, seed, run in runs[["method", "setting", "seed", "run"]].itertuples(index=False):
         path = Path(run, "metrics.jsonl")
@@ -193,11 +191,11 @@ def read_drop_rates(runs: pd.DataFrame) -> pd.DataFrame:
             continue
         with readable(path):
             lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-            rates = [(group, line["samples"], float(line[name])) for line in lines for group in GROUPS
+            rates = [(group, i, line["samples"], float(line[name])) for i, line in enumerate(lines) for group in GROUPS
                      if (name := f"filter/drop_rate_{group}") in line]  # fmt: skip
         if any(rate > 0 for *_, rate in rates):
             rows += [(method, setting, seed, *point) for point in rates]
-    return pd.DataFrame(rows, columns=["method", "setting", "seed", "group", "samples", "rate"])
+    return pd.DataFrame(rows, columns=["method", "setting", "seed", "group", "point", "samples", "rate"])
 
 
 def read_classifiers(runs: pd.DataFrame) -> pd.DataFrame:
@@ -267,7 +265,9 @@ def _pictures(run: Path) -> dict[tuple[str, str], tuple[np.ndarray, np.ndarray, 
     asked = read_evaluation(run)["prompts"]
     with readable(run / "evaluation.npz"), np.load(run / "evaluation.npz") as pictures:
         generations, training = pictures["generations"], pictures["training"]
-        if not len(asked) == len(generations) == len(training):
+        expected = [len(prompt["similarity"]) for prompt in asked]
+        fits = generations.ndim == 5 and all(generations.shape[:2] == (len(expected), count) for count in expected)
+        if not fits or len(training) != len(expected):
             raise ValueError(f"it does not fit evaluation.json: {len(asked)} prompts, found generations "
                              f"{generations.shape}, training {training.shape}")  # fmt: skip
     with readable(run / "evaluation.json"):
