@@ -13,6 +13,7 @@ from PIL import Image
 from memfilter.data.shards import printable
 from memfilter.eval import sweep_report_charts as charts
 from memfilter.eval import sweep_report_data as data
+from memfilter.eval import sweep_report_drawing as drawing
 from memfilter.eval.report import render, write_page
 from memfilter.eval.sweep_report_data import FIGURES
 from memfilter.files import atomic
@@ -58,7 +59,7 @@ def write_sweep_report(sweep: Path, out: Path | None = None) -> Path:
     rates, aucs = data.read_drop_rates(runs), data.read_classifiers(runs)
     seed, prompts = data.read_gallery(runs, PROMPTS)
 
-    styles = charts.styles_of(list(data.settings_of(results)))
+    styles = drawing.styles_of(list(data.settings_of(results)))
     drawn = [
         charts.tradeoff(summary, results, "copy_similarity"),
         charts.tradeoff(summary, results, "memorization_rate"),
@@ -72,14 +73,15 @@ def write_sweep_report(sweep: Path, out: Path | None = None) -> Path:
     page = render(
         "sweep.html.jinja",
         name=printable(sweep.resolve().name),
-        counts={name: results[name].nunique() for name in ("method", "seed")} | {"runs": len(results), "absent": int((~there).sum())},
+        counts={"runs": len(results), "absent": int((~there).sum()), "methods": results["method"].nunique(),
+                "seeds": results["seed"].nunique()},
         settings=len(results[["method", "setting"]].drop_duplicates()),
         evaluation=evaluation,
         figures=FIGURES,
         rows=_rows(results, summary),
         legend=[(printable(method), style.colour, style.svg_path()) for method, style in styles.items()],
-        charts={name: list(zip([panel.title for panel in chart.panels], charts.as_plotly(chart, styles), strict=True))
-                for name, chart in drawn.items()},
+        charts={name: [(panel.title, f"{chart.y.label} against {panel.x.label}", element) for panel, element in
+                       zip(chart.panels, drawing.as_plotly(chart, styles), strict=True)] for name, chart in drawn.items()},
         chosen={printable(method): printable(setting) for method, setting in chosen.items()},
         prompts=gallery(prompts, chosen, evaluation),
         seed=seed,
@@ -101,9 +103,10 @@ def _rows(results: pd.DataFrame, summary: pd.DataFrame) -> list[dict]:
                 known, mean, half_width = found.loc[(method, setting, name), ["seeds", "mean", "half_width"]]
             cells.append({"mean": _text(mean, figure), "half_width": _text(half_width, figure),
                           "known": int(known) if 0 < known < seeds else None})  # fmt: skip
-        key = [found["mean"].get((method, setting, name), math.nan) for name in ("memorization_rate", "agreement_distinct")]
-        order = (math.isnan(key[0]), key[0], -np.nan_to_num(key[1]))
-        rows.append({"method": printable(method), "setting": printable(setting), "seeds": seeds, "cells": cells, "order": order})
+        means = found["mean"].reindex([(method, setting, name) for name in ("memorization_rate", "agreement_distinct")])
+        rate, agreement = means.fillna({means.index[0]: math.inf, means.index[1]: 0.0})
+        rows.append({"method": printable(method), "setting": printable(setting), "seeds": seeds, "cells": cells,
+                     "order": (rate, -agreement)})  # fmt: skip
     return sorted(rows, key=lambda row: row["order"])
 
 
@@ -138,12 +141,12 @@ def _with_ends(summary: pd.DataFrame) -> pd.DataFrame:
     return summary.assign(low=summary["mean"] - width, high=summary["mean"] + width).drop(columns="half_width")
 
 
-def _write_figures(directory: Path, drawn: dict[str, charts.Chart], styles: dict[str, charts.Style]) -> None:
+def _write_figures(directory: Path, drawn: dict[str, charts.Chart], styles: dict[str, drawing.Style]) -> None:
     directory.mkdir(exist_ok=True)
     for name in CHARTS:
         path = directory / f"{name}.png"
         if name in drawn:
-            charts.save_png(drawn[name], styles, path)
+            drawing.save_png(drawn[name], styles, path)
         else:
             path.unlink(missing_ok=True)  # of an earlier state of the sweep
 

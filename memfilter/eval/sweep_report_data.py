@@ -62,7 +62,7 @@ def readable(path: Path) -> Iterator[None]:
         raise
     except KeyError as error:
         raise ReportError(f"{path} lacks {error.args[0]!r}") from error
-    except Exception as error:  # noqa: BLE001  each reader has exceptions of its own
+    except Exception as error:  # each reader has exceptions of its own
         raise ReportError(f"{path} cannot be read: {' '.join(str(error).split())}") from error
 
 
@@ -141,8 +141,8 @@ def representatives(results: pd.DataFrame, tolerance: float = 0.02) -> dict[str,
 
 def runs_of(results: pd.DataFrame, chosen: dict[str, str]) -> pd.DataFrame:
     """The rows of one setting for each method, method by method."""
-    rows = [results[(results["method"] == method) & (results["setting"] == setting)] for method, setting in chosen.items()]
-    return pd.concat([own.sort_values("seed") for own in rows], ignore_index=True)
+    rows = [results[(results["method"] == m) & (results["setting"] == s)].sort_values("seed") for m, s in chosen.items()]
+    return pd.concat(rows, ignore_index=True)
 
 
 def has_directory(results: pd.DataFrame) -> pd.Series:
@@ -257,7 +257,8 @@ def read_gallery(runs: pd.DataFrame, prompts: int) -> tuple[float, list[Prompt]]
     found = {method: _pictures(Path(run)) for method, run in runs.loc[runs["seed"] == seed, ["method", "run"]].values}
     first = next(iter(found.values()))
     shared = [name for name in first if all(name in other for other in found.values())][:prompts]
-    return seed, [Prompt(*name, first[name][0], {method: of[name][1:] for method, of in found.items()}) for name in shared]
+    return seed, [Prompt(*name, first[name][0], {method: pictures[name][1:] for method, pictures in found.items()})
+                  for name in shared]  # fmt: skip
 
 
 def _pictures(run: Path) -> dict[tuple[str, str], tuple[np.ndarray, np.ndarray, list[float]]]:

@@ -47,15 +47,15 @@ class Page(HTMLParser):
 
 
 def browse(path, work) -> tuple[str, list[str], list[str]]:
-    """Opens a page in Chromium: (its elements after all scripts, messages of the console, addresses it asked the net for)."""
+    """Opens a page in Chromium: (elements after all scripts, messages of the console, addresses that it asked for)."""
     flags = (
         "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
         "--disable-component-update --disable-sync --enable-logging=stderr --v=0 --virtual-time-budget=5000 --dump-dom"
     )
+    files = f"--user-data-dir={work / 'profile'}", f"--log-net-log={work / 'net.json'}"
     done = subprocess.run(
-        [CHROMIUM, *flags.split(), f"--user-data-dir={work / 'profile'}", f"--log-net-log={work / 'net.json'}", path.as_uri()],
-        capture_output=True, text=True, timeout=120,
-    )  # fmt: skip
+        [CHROMIUM, *flags.split(), *files, path.as_uri()], capture_output=True, text=True, timeout=120
+    )
     requests = [event.get("params", {}) for event in json.loads((work / "net.json").read_text())["events"]]
     # what the browser asks for on its own account has no origin
     asked = {r["url"] for r in requests if r.get("initiator", "not an origin") != "not an origin"}

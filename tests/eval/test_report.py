@@ -178,6 +178,13 @@ def test_missing_files_are_named(runs, tmp_path):
 
 
 @needs_chromium
+def test_browser_notices_errors_and_requests(tmp_path):
+    (tmp_path / "page.html").write_text('<img src="http://127.0.0.1:9/x.png"><script>nothing()</script>')
+    _, console, asked = browse(tmp_path / "page.html", tmp_path)
+    assert "nothing is not defined" in console[0] and asked == ["http://127.0.0.1:9/x.png"]
+
+
+@needs_chromium
 def test_browser_draws_the_charts_without_an_error(runs, tmp_path):
     write_report(*runs, tmp_path / "report.html")
     dom, console, asked = browse(tmp_path / "report.html", tmp_path)

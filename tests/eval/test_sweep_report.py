@@ -20,10 +20,16 @@ from scipy import stats
 from memfilter.cli import main
 from memfilter.eval import sweep_report_charts as charts
 from memfilter.eval import sweep_report_data as data
+from memfilter.eval import sweep_report_drawing as drawing
 from memfilter.eval.sweep_report import CHARTS, PROMPTS, SHOTS, SIDE, gallery, write_sweep_report
 
 COLUMNS = ["method", "setting", "seed", *data.FIGURES, "run"]
-HOSTILE = ["<script>alert(1)</script>", "<img src=x onerror=alert(2)>", "</script><b>$x_1$ %{x}", "\ud800 half \u202e a character"]
+HOSTILE = [
+    "<script>alert(1)</script>",
+    "<img src=x onerror=alert(2)>",
+    r"</script><b>$\frac$ %{x}",  # half a formula
+    "\ud800 half \u202e a character",
+]
 # method, setting -> memorization rate, agreement on distinct prompts, of each seed
 FIGURES = {
     ("none", ""): ([0.7, 0.65, 0.72], [0.67, 0.66, 0.71]),
@@ -76,10 +82,11 @@ def write_run(directory, seed: int, drops: bool, score: str | None, prompts: int
     pq.write_table(audit if score else audit[:0], directory / "audit.parquet")
     captions = [*HOSTILE, *(f"caption {i}" for i in range(prompts))][: prompts + 1]
     similarity = rng.uniform(0, 1, (len(captions), 5))
-    evaluation = {"measure": "pixel correlation", "memorized_above": 0.9, "steps": 20, "guidance_scale": 4.0, "prompts": [
+    evaluation = {"measure": "pixel correlation", "memorized_above": 0.9, "steps": 20, "guidance_scale": 4.0}
+    evaluation["prompts"] = [
         {"key": f"{i}\" onload='alert(3)'", "caption": caption, "duplicate": i != 4, "similarity": similarity[i].tolist()}
         for i, caption in enumerate(captions)
-    ]}  # fmt: skip
+    ]
     (directory / "evaluation.json").write_text(json.dumps(evaluation))
     training = rng.integers(0, 256, (len(captions), 16, 16, 3), dtype=np.uint8)
     np.savez(directory / "evaluation.npz", training=training, generations=np.stack([training] * 5, 1))
@@ -116,7 +123,8 @@ def read(sweep) -> pd.DataFrame:
 
 def test_means_and_intervals_are_those_of_scipy(made):
     rows = list(csv.DictReader((made / "results.csv").open(newline="", encoding="utf-8")))
-    found = {(r["method"], r["setting"], r["figure"]): r for r in csv.DictReader((made / "tables" / "summary.csv").open(newline=""))}
+    table = csv.DictReader((made / "tables" / "summary.csv").open(newline=""))
+    found = {(row["method"], row["setting"], row["figure"]): row for row in table}
     assert len(found) == len(FIGURES) * len(data.FIGURES) - 1  # distinct_dropped of the last is not known of any seed
     for (method, setting, figure), row in found.items():
         values = [float(r[figure]) for r in rows if (r["method"], r["setting"]) == (method, setting) and r[figure]]
@@ -138,7 +146,7 @@ def test_table_begins_with_what_memorizes_least_and_says_how_many_seeds_are_know
     by_setting = {(row[0], row[1]): row for row in rows}
     half = stats.t.ppf(0.975, 2) * stats.sem([70, 65, 72])
     assert by_setting["none", ""][3] == f"69.0% ± {half:.1f}%"
-    assert by_setting["none", ""][9].endswith("(2 seeds)") and "seeds" not in by_setting["none", ""][8]
+    assert by_setting["none", ""][9].endswith("(n = 2)") and "n" not in by_setting["none", ""][8]
     assert rows[1][0] == "evidence" and by_setting["a method of $next$ year <b>", "x"][8] == "–"
     shaded = [e for e in page.all("tr") if "reference" in e["attrs"].get("class", "")]
     assert len(shaded) == 2
@@ -149,7 +157,7 @@ def test_of_one_seed_there_is_no_interval(tmp_path):
     write_sweep_report(sweep)
     rows = {row[0]: row for row in Page(sweep / "report.html").rows}
     assert rows["tau"][2:4] == ["1", "25.0%"] and "±" not in "".join(rows["none"])
-    assert "nan" not in "".join(sum(rows.values(), []))
+    assert "nan" not in "".join(cell for row in rows.values() for cell in row)
     assert next(csv.DictReader((sweep / "tables" / "summary.csv").open()))["low"] == ""
 
 
@@ -184,9 +192,9 @@ def test_tradeoff_holds_the_means_of_both_groups_side_by_side(made):
 def test_page_and_file_draw_the_same_points(made):
     results = read(made)
     chart = charts.tradeoff(data.summarize(results), results, "copy_similarity")
-    styles = charts.styles_of(list(data.settings_of(results)))
-    axes = charts.as_matplotlib(chart, styles).axes
-    for panel, axis, element in zip(chart.panels, axes, charts.as_plotly(chart, styles), strict=True):
+    styles = drawing.styles_of(list(data.settings_of(results)))
+    axes = drawing.as_matplotlib(chart, styles).axes
+    for panel, axis, element in zip(chart.panels, axes, drawing.as_plotly(chart, styles), strict=True):
         drawn = [set(zip(*c.lines[0].get_data(), strict=True)) for c in axis.containers]
         assert drawn == [set(zip(line.x, line.y, strict=True)) for line in panel.lines]
         traces = json.JSONDecoder().raw_decode(element, element.index("[", element.index("Plotly.newPlot")))[0]
@@ -197,11 +205,12 @@ def test_page_and_file_draw_the_same_points(made):
 
 def test_notes_in_files_cover_neither_points_nor_each_other():
     rng = np.random.default_rng(0)
-    lines = [charts.Line(method, rng.uniform(0, 1, 12).tolist(), rng.uniform(0, 1, 12).tolist(),
-                         [f"setting {i}" for i in range(12)], [0.01] * 12, [0.01] * 12) for method in ("tau", "rta")]  # fmt: skip
+    notes = [f"setting {i}" for i in range(12)]
+    lines = [charts.Line(method, *rng.uniform(0, 1, (2, 12)).tolist(), notes, [0.01] * 12, [0.01] * 12)
+             for method in ("tau", "rta")]  # fmt: skip
     axis_of = charts.Axis("x")
     chart = charts.Chart("c", axis_of, [charts.Panel("p", axis_of, lines)], labelled=True)
-    figure = charts.as_matplotlib(chart, charts.styles_of(["tau", "rta"]))
+    figure = drawing.as_matplotlib(chart, drawing.styles_of(["tau", "rta"]))
     (axis,) = figure.axes
     boxes = [text.get_window_extent() for text in axis.texts]
     points = [axis.transData.transform(p) for line in lines for p in zip(line.x, line.y, strict=True)]
@@ -291,6 +300,25 @@ def test_gallery_shows_the_same_duplicates_for_every_method(made, page):
     assert copies and len(framed) == copies * methods
 
 
+def test_gallery_takes_the_seed_with_the_most_methods_and_the_prompts_that_all_have(tmp_path):
+    runs = []
+    for method, seed in (("none", 1), ("none", 2), ("tau", 2)):
+        write_run(tmp_path / f"{method}{seed}", seed, False, None)
+        runs.append((method, "", seed, str(tmp_path / f"{method}{seed}")))
+    path = tmp_path / "tau2" / "evaluation.json"
+    evaluation = json.loads(path.read_text())
+    evaluation["prompts"][1]["caption"] = "another"
+    path.write_text(json.dumps(evaluation))
+    seed, prompts = data.read_gallery(pd.DataFrame(runs, columns=["method", "setting", "seed", "run"]), 3)
+    assert seed == 2 and [prompt.caption for prompt in prompts] == [HOSTILE[0], HOSTILE[2], HOSTILE[3]]
+    with np.load(tmp_path / "tau2" / "evaluation.npz") as pictures:
+        for i, prompt in zip((0, 2, 3), prompts, strict=True):
+            generations, similarity = prompt.generations["tau"]
+            np.testing.assert_array_equal(prompt.training, pictures["training"][i])
+            np.testing.assert_array_equal(generations, pictures["generations"][i])
+            assert similarity == evaluation["prompts"][i]["similarity"]
+
+
 def test_large_pictures_are_made_small(made):
     run = data.runs_of(read(made), {"none": ""}).iloc[:1]
     _, prompts = data.read_gallery(run, PROMPTS)
@@ -310,14 +338,15 @@ def test_figures_are_pictures(made):
 
 def test_runs_that_have_gone_are_named_and_the_table_stays(made, tmp_path, caplog):
     rows = list(csv.DictReader((made / "results.csv").open(newline="", encoding="utf-8")))
+    rows = [row for row in rows if row["method"] in ("none", "tau")]
     moved = [row | {"run": str(tmp_path / "gone")} if row["method"] == "tau" else row for row in rows]
     sweep = write_results(tmp_path / "sweep", moved)
     write_sweep_report(sweep, tmp_path / "elsewhere" / "page.html")
     page = Page(tmp_path / "elsewhere" / "page.html")
-    assert "9 of 24 runs" in caplog.text and not (sweep / "report.html").exists()
-    assert any("9 of 24 runs are no longer" in element["text"] for element in page.all("strong"))
+    assert "9 of 12 runs" in caplog.text and not (sweep / "report.html").exists()
+    assert any("9 of 12 runs are no longer" in element["text"] for element in page.all("strong"))
     assert any(row[:2] == ["tau", "2.5"] for row in page.rows)
-    assert len(page.all("img")) == PROMPTS * (1 + 4 * SHOTS)  # tau is not in the gallery
+    assert len(page.all("img")) == PROMPTS * (1 + SHOTS)  # tau is not in the gallery
 
 
 def test_table_without_runs_and_costs_is_reported_and_figures_of_an_earlier_state_go(made, tmp_path, capsys):
@@ -326,7 +355,7 @@ def test_table_without_runs_and_costs_is_reported_and_figures_of_an_earlier_stat
     shutil.copytree(made / "figures", sweep / "figures")
     assert main(["report", str(sweep), "--out", str(tmp_path / "page.html")]) == 0
     assert capsys.readouterr().out.splitlines() == [str(tmp_path / "page.html")]
-    assert sorted(p.stem for p in (sweep / "figures").iterdir()) == ["tradeoff_copy_similarity", "tradeoff_memorization_rate"]
+    assert {p.stem for p in (sweep / "figures").iterdir()} == {"tradeoff_copy_similarity", "tradeoff_memorization_rate"}
     page = Page(tmp_path / "page.html")
     assert page.all("img") == [] and "What that costs" not in {element["text"] for element in page.all("h3")}
 
@@ -354,7 +383,8 @@ def _break(sweep, what: str) -> None:
     elif what == "npz":
         (run / "evaluation.npz").write_bytes((run / "evaluation.npz").read_bytes()[:500])
     elif what == "shape":
-        np.savez(run / "evaluation.npz", training=np.zeros((2, 4, 4, 3), np.uint8), generations=np.zeros((2, 1, 4, 4, 3), np.uint8))
+        blank = np.zeros((2, 1, 4, 4, 3), np.uint8)
+        np.savez(run / "evaluation.npz", training=blank[:, 0], generations=blank)
     elif what == "audit":
         (run / "audit.parquet").write_bytes(b"PAR1")
     elif what == "metrics":
