@@ -143,7 +143,20 @@ def sweep(file: str, out: str | None = None, evaluate: str = "", processes: int 
     print(place / "results.csv")
 
 
-def report(off: str, on: str, out: str) -> None:
+def report(sweep: str, out: str | None = None) -> None:
+    """Write one HTML page about a sweep, or, as `memfilter report OFF ON OUT`, one that holds two runs against each other.
+
+    Args:
+        sweep: directory of the sweep; figures/*.png and tables/*.csv are written there too. Or three words: the directory of
+            a run without the filter (filter.tau=inf measures the norms all the same), that of a run with it, the page.
+        out: the page; by default report.html in the sweep's directory.
+    """
+    from memfilter.eval.sweep_report import write_sweep_report
+
+    print(write_sweep_report(Path(sweep), None if out is None else Path(out)))
+
+
+def report_pair(off: str, on: str, out: str) -> None:
     """Write one HTML page that holds a run with the filter against one without.
 
     Args:
@@ -200,6 +213,8 @@ def main(argv: list[str] | None = None) -> int:
         "report": report,
     }
     argv = sys.argv[1:] if argv is None else argv
+    if argv[:1] == ["report"] and len(argv) == 4 and not any(word.startswith("-") for word in argv):
+        commands["report"] = report_pair
     try:
         if argv[:1] in (["cache"], ["calibrate"]):  # they take the settings of a training run
             commands[argv[0]](*argv[1:])

@@ -30,7 +30,7 @@ def by_timestep(audit: dict[str, np.ndarray], samples: int) -> dict[str, list[tu
 
 def norm_chart(panel: dict, tau: float | None, top: float, unit: str) -> go.Figure:
     """Median and 10-90% band of the norm over the timestep, and tau if there is one; ``top`` ends the axis."""
-    figure = _figure("timestep", f"text norm ({unit})")
+    figure = blank("timestep", f"text norm ({unit})")
     for group, rows in panel.items():
         bins, low, median, high, count = (list(column) for column in zip(*rows, strict=True))
         x = [(b + 0.5) * BIN for b in bins]
@@ -61,7 +61,7 @@ def norm_chart(panel: dict, tau: float | None, top: float, unit: str) -> go.Figu
 
 def drop_rate_chart(metrics: list[dict]) -> go.Figure:
     """Drop rate of each group over the samples seen."""
-    figure = _figure("samples seen", "drop rate")
+    figure = blank("samples seen", "drop rate")
     for group in GROUPS:
         figure.add_scatter(
             x=[line["samples"] for line in metrics],
@@ -84,7 +84,8 @@ def _line(group: str) -> dict:
     }
 
 
-def _figure(x: str, y: str) -> go.Figure:
+def blank(x: str, y: str) -> go.Figure:
+    """A figure with nothing but its axes."""
     # backgrounds are left to the page, which knows light from dark
     return go.Figure(
         layout={

@@ -40,7 +40,7 @@ FIGURES = {
 
 
 class ReportError(ValueError):
-    """Two runs that cannot be compared; the message has one line for each reason."""
+    """Runs that cannot be compared, or not read; the message has one line for each reason."""
 
 
 @dataclass
@@ -110,10 +110,26 @@ def write_report(off: Path, on: Path, out: Path) -> None:
     runs = {"off": Run.read(off), "on": Run.read(on)}
     if errors := _incomparable(runs["off"], runs["on"]):
         raise ReportError("\n".join(errors))
-    page = _render(**runs)
+    write_page(out, _render(**runs))
+
+
+def render(template: str, **values) -> str:
+    """A page of this package, with plotly.js inside."""
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("memfilter", "eval"),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    return environment.get_template(template).render(plotlyjs=Markup(get_plotlyjs()), **values)
+
+
+def write_page(out: Path, page: str) -> None:
+    """Replaces the page only when all of it is written."""
     out.parent.mkdir(parents=True, exist_ok=True)
     with atomic(out) as partial:
-        partial.write_text(page, encoding="utf-8")
+        partial.write_bytes(page.encode("utf-8", "backslashreplace"))  # JSON may hold halves of characters
 
 
 def _incomparable(off: Run, on: Run) -> list[str]:
@@ -156,13 +172,6 @@ def _settings(config: dict) -> dict:
 
 
 def _render(off: Run, on: Run) -> str:
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("memfilter", "eval"),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
     prompts = off.evaluation["prompts"]
     counts = {group: sum(p["duplicate"] == (group == "duplicates") for p in prompts) for group in GROUPS}
     panels = {name: by_timestep(run.audit, run.summary["samples"]) for name, run in (("off", off), ("on", on))}
@@ -171,7 +180,8 @@ def _render(off: Run, on: Run) -> str:
     unit = on.filter.get("unit", "l2")
     norms = {name: norm_chart(panel, on.tau, highest * 1.08, unit) if panel else None
              for name, panel in panels.items()}  # fmt: skip
-    return environment.get_template("report.html.jinja").render(
+    return render(
+        "report.html.jinja",
         off=off,
         on=on,
         evaluation=off.evaluation,
@@ -180,7 +190,6 @@ def _render(off: Run, on: Run) -> str:
         seeds=off.generations.shape[1],
         table=_table(off, on),
         rows=_gallery(off, on),
-        plotlyjs=Markup(get_plotlyjs()),
         drop_rates=as_html(drop_rate_chart(on.metrics), "drop-rates"),
         norms={name: chart and as_html(chart, f"norms-{name}") for name, chart in norms.items()},
     )

@@ -2,20 +2,17 @@
 
 import html
 import json
-import os
-import shutil
-import subprocess
-from html.parser import HTMLParser
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from pages import Page, browse, needs_chromium
 
 from memfilter.eval.charts import by_timestep, norm_chart
 from memfilter.eval.report import ReportError, Run, write_report
 
-SEEDS, SAMPLES, CHROMIUM = 4, 400, shutil.which("chromium")
+SEEDS, SAMPLES = 4, 400
 PROMPTS = [
     {"key": "000000003", "caption": "a cat on a red background", "duplicate": False},
     {"key": "000000001", "caption": "<script>alert(1)</script>", "duplicate": True},
@@ -26,7 +23,6 @@ SIMILARITY = {"off": [[0.1] * 4, [0.95, 0.96, 0.5, 0.97], [0.91, 0.2, 0.2, 0.2]]
 # by hand from SIMILARITY and the limit of 0.9: 4 of 8 duplicates' generations, then 1 of 8
 FIGURES = {"off": (0.5, 0.6111, 0.7222, 0.8333), "on": (0.125, 0.4111, 0.8222, 0.5333)}
 DROP_RATE = {"off": 0.0, "on": 0.4321}
-VOID = {"meta", "link", "img", "br", "input", "hr"}
 
 
 def _audit(rng: np.random.Generator) -> pa.Table:
@@ -76,42 +72,10 @@ def runs(tmp_path):
     return _write_run(tmp_path / "off", "off", float("inf")), _write_run(tmp_path / "on", "on", 4.0)
 
 
-class Page(HTMLParser):
-    """Elements as (tag, attributes, own text), and all table rows as lists of cell texts."""
-
-    def __init__(self, path):
-        super().__init__()
-        self.elements, self.rows, self._open = [], [], []
-        self.feed(path.read_text(encoding="utf-8"))
-
-    def handle_starttag(self, tag, attrs):
-        element = {"tag": tag, "attrs": dict(attrs), "text": ""}
-        self.elements.append(element)
-        if tag == "tr":
-            self.rows.append([])
-        if tag not in VOID:
-            self._open.append(element)
-
-    def handle_endtag(self, tag):
-        element = self._open.pop()
-        assert element["tag"] == tag, f"<{element['tag']}> closed by </{tag}>"
-        text = " ".join(element["text"].split())
-        if tag in ("td", "th"):
-            self.rows[-1].append(text)
-        if self._open:
-            self._open[-1]["text"] += element["text"]
-
-    def handle_data(self, data):
-        if self._open:
-            self._open[-1]["text"] += data
-
-    def all(self, tag):
-        return [element for element in self.elements if element["tag"] == tag]
-
-    def figures(self, label: str) -> list[list[str]]:
-        """The lines (group, off, on) of a headline figure."""
-        start = next(i for i, row in enumerate(self.rows) if row and row[0].startswith(label))
-        return [self.rows[start][1:], self.rows[start + 1]]
+def lines_of(page: Page, label: str) -> list[list[str]]:
+    """The lines (group, off, on) of a headline figure."""
+    start = next(i for i, row in enumerate(page.rows) if row and row[0].startswith(label))
+    return [page.rows[start][1:], page.rows[start + 1]]
 
 
 @pytest.fixture
@@ -121,12 +85,12 @@ def page(runs, tmp_path):
 
 
 def test_headline_figures_stand_in_the_table(page):
-    assert page.figures("Memorization rate") == [["duplicates", "50.0%", "12.5%"], ["distinct", "0.0%", "0.0%"]]
-    assert page.figures("Copy similarity")[0] == ["duplicates", "0.61", "0.41"]
-    assert page.figures("Agreement") == [["duplicates", "0.72", "0.82"], ["distinct", "–", "–"]]
-    assert page.figures("Seed agreement")[0] == ["duplicates", "0.83", "0.53"]
-    assert page.figures("Drop rate") == [["duplicates", "0.0%", "43.2%"], ["distinct", "4.3%", "4.3%"]]
-    assert page.figures("Training seconds")[0] == ["whole run", "1,234", "1,234"]
+    assert lines_of(page, "Memorization rate") == [["duplicates", "50.0%", "12.5%"], ["distinct", "0.0%", "0.0%"]]
+    assert lines_of(page, "Copy similarity")[0] == ["duplicates", "0.61", "0.41"]
+    assert lines_of(page, "Agreement") == [["duplicates", "0.72", "0.82"], ["distinct", "–", "–"]]
+    assert lines_of(page, "Seed agreement")[0] == ["duplicates", "0.83", "0.53"]
+    assert lines_of(page, "Drop rate") == [["duplicates", "0.0%", "43.2%"], ["distinct", "4.3%", "4.3%"]]
+    assert lines_of(page, "Training seconds")[0] == ["whole run", "1,234", "1,234"]
 
 
 def test_captions_and_keys_are_text(page):
@@ -185,7 +149,7 @@ def test_run_that_measured_nothing_still_gets_a_page(runs, tmp_path):
     write_report(off, on, tmp_path / "report.html")
     text = (tmp_path / "report.html").read_text()
     assert "No norm was measured" in text and 'id="norms-on"' in text and 'id="norms-off"' not in text
-    assert Page(tmp_path / "report.html").figures("Drop rate")[0] == ["duplicates", "–", "43.2%"]
+    assert lines_of(Page(tmp_path / "report.html"), "Drop rate")[0] == ["duplicates", "–", "43.2%"]
 
 
 def test_what_cannot_be_compared_is_named_all_at_once_and_the_old_page_stays(runs, tmp_path):
@@ -213,20 +177,20 @@ def test_missing_files_are_named(runs, tmp_path):
         write_report(*runs, tmp_path / "report.html")
 
 
-@pytest.mark.skipif(CHROMIUM is None and not os.environ.get("CI"), reason="needs chromium")
+@needs_chromium
+def test_browser_notices_errors_and_requests(tmp_path):
+    (tmp_path / "page.html").write_text('<img src="http://127.0.0.1:9/x.png"><script>nothing()</script>')
+    _, console, asked = browse(tmp_path / "page.html", tmp_path)
+    assert "nothing is not defined" in console[0] and asked == ["http://127.0.0.1:9/x.png"]
+
+
+@needs_chromium
 def test_browser_draws_the_charts_without_an_error(runs, tmp_path):
     write_report(*runs, tmp_path / "report.html")
-    flags = (
-        "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
-        "--disable-component-update --disable-sync --enable-logging=stderr --v=0 --virtual-time-budget=5000 --dump-dom"
-    )
-    done = subprocess.run(
-        [CHROMIUM, *flags.split(), f"--user-data-dir={tmp_path / 'profile'}", (tmp_path / "report.html").as_uri()],
-        capture_output=True, text=True, timeout=120,
-    )  # fmt: skip
-    assert [line for line in done.stderr.splitlines() if "CONSOLE" in line] == []
+    dom, console, asked = browse(tmp_path / "report.html", tmp_path)
+    assert (console, asked) == ([], [])
     for chart in ("drop-rates", "norms-off", "norms-on"):
-        drawn = done.stdout.split(f'id="{chart}"')[1].split("</figure>")[0]
+        drawn = dom.split(f'id="{chart}"')[1].split("</figure>")[0]
         assert 'class="main-svg"' in drawn and "scatterlayer" in drawn
-    assert done.stdout.count("tau = 4<") >= 2
-    assert html.escape(PROMPTS[2]["caption"], quote=False) in done.stdout
+    assert dom.count("tau = 4<") >= 2
+    assert html.escape(PROMPTS[2]["caption"], quote=False) in dom

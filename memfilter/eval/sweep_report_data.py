@@ -1,0 +1,276 @@
+"""What the files of a sweep say, as tables: means and intervals over seeds, drop rates, the filter as a classifier."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pyarrow.parquet as pq
+
+from memfilter.eval.charts import BIN, GROUPS
+from memfilter.eval.report import FIGURES as OF_A_RUN
+from memfilter.eval.report import ReportError
+
+RESULTS = "results.csv"
+NONE, ORACLE = "none", "oracle"  # what every other method lies between
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A column of the results: its name for people, what it means, and how it is written."""
+
+    label: str
+    meaning: str
+    share: bool = False
+
+    @property
+    def form(self) -> str:
+        return "{:.1%}" if self.share else "{:.3f}"
+
+
+FIGURES = {
+    "memorization_rate": Figure(
+        "Memorization rate", "Of duplicate prompts: share of generations that count as copies.", share=True
+    ),
+    "copy_similarity": Figure("Copy similarity", "Of duplicate prompts. " + OF_A_RUN["copy_similarity"][1]),
+    "agreement_duplicates": Figure(
+        "Agreement, duplicates", "Agreement of picture and caption on duplicate prompts. " + OF_A_RUN["agreement"][1]
+    ),
+    "agreement_distinct": Figure("Agreement, distinct", "The same on prompts of distinct pictures."),
+    "seed_agreement": Figure("Seed agreement", "Of duplicate prompts. " + OF_A_RUN["seed_agreement"][1]),
+    "distinct_dropped": Figure(
+        "Distinct dropped", "Share of the appearances of distinct pictures that were not trained on.", share=True
+    ),
+    "time_ratio": Figure("Time ratio", "Training time to that of the same seed without any method."),
+}
+
+
+@contextmanager
+def readable(path: Path) -> Iterator[None]:
+    """Whatever is wrong with a file becomes a ReportError of one line that names it."""
+    try:
+        yield
+    except FileNotFoundError as error:
+        raise ReportError(f"{path} is missing") from error
+    except ReportError:
+        raise
+    except KeyError as error:
+        raise ReportError(f"{path} lacks {error.args[0]!r}") from error
+    except Exception as error:  # each reader has exceptions of its own
+        raise ReportError(f"{path} cannot be read: {' '.join(str(error).split())}") from error
+
+
+def read_results(sweep: Path) -> pd.DataFrame:
+    """The runs of a sweep: method, setting, seed, run and every one of `FIGURES` (NaN where unknown).
+
+    Raises:
+        ReportError: there is no table, it lacks a column, says nothing, or says two things of one run.
+    """
+    path = sweep / RESULTS
+    if not path.is_file():
+        raise ReportError(f"{sweep} is not a sweep: it has no {RESULTS}")
+    with readable(path):
+        # as text, or setting 3 becomes 3.0 and a setting called "NA" nothing
+        table = pd.read_csv(path, dtype=str, keep_default_na=False)
+    names = ["method", "setting", "seed", *FIGURES]
+    if missing := [name for name in names if name not in table]:
+        raise ReportError(f"{path} lacks the columns {', '.join(missing)}")
+    if table.empty:
+        raise ReportError(f"{path} has no rows: no run of this sweep is finished")
+    table = table[names].assign(run=table.get("run", ""))
+    for name in ("seed", *FIGURES):
+        with readable(path):
+            table[name] = pd.to_numeric(table[name].mask(table[name].str.lower().isin(["", "nan"])))
+    if table["seed"].isna().any():
+        raise ReportError(f"{path} has rows without a seed")
+    if (twice := table.duplicated(["method", "setting", "seed"])).any():
+        method, setting, seed = table.loc[twice, ["method", "setting", "seed"]].iloc[0]
+        raise ReportError(f"{path} has two rows of method {method!r}, setting {setting!r}, seed {seed:.0f}")
+    return table
+
+
+def over_seeds(table: pd.DataFrame, by: list[str], value: str) -> pd.DataFrame:
+    """Columns seeds, mean and half_width of what is known of ``value``, for each combination of ``by``.
+
+    Half the width of the 95% interval of the mean, by Student's t; NaN for a single seed.
+    """
+    from scipy import stats
+
+    found = table.dropna(subset=[value]).groupby(by, sort=False)[value].agg(seeds="count", mean="mean", error="sem")
+    found["half_width"] = stats.t.ppf(0.975, found["seeds"] - 1) * found.pop("error")
+    return found.reset_index()
+
+
+def summarize(results: pd.DataFrame) -> pd.DataFrame:
+    """Rows of method, setting, figure, seeds, mean, half_width; a figure that is not known of any seed has no row."""
+    tall = results.melt(["method", "setting", "seed"], list(FIGURES), "figure", "value")
+    return over_seeds(tall, ["method", "setting", "figure"], "value")
+
+
+def settings_of(results: pd.DataFrame) -> dict[str, list[str]]:
+    """Method -> its settings by the numbers in their names; ``none`` comes first, ``oracle`` last."""
+    found = results.groupby("method", sort=False)["setting"].unique()
+    methods = sorted(found.index, key=lambda method: {NONE: 0, ORACLE: 2}.get(method, 1))
+    return {method: sorted(found[method], key=_natural) for method in methods}
+
+
+def _natural(setting: str) -> list[tuple]:
+    parts = re.split(r"(-?\d+(?:\.\d+)?(?:e[+-]?\d+)?)", setting)
+    return [(0, float(part), "") if i % 2 else (1, 0.0, part) for i, part in enumerate(parts) if part]
+
+
+def representatives(results: pd.DataFrame, tolerance: float = 0.02) -> dict[str, str]:
+    """Method -> the setting that stands for it: of those whose agreement on distinct prompts is at least
+    1 - ``tolerance`` of that without any method, the one that memorizes least; where none is, the one that agrees most."""
+    means = results.groupby(["method", "setting"])[list(FIGURES)].mean()
+    plain = means["agreement_distinct"].get((NONE, settings_of(results).get(NONE, [""])[0]), 0.0)
+    chosen = {}
+    for method, settings in settings_of(results).items():
+        own = means.loc[method].loc[settings]
+        good = own[own["agreement_distinct"] >= (1 - tolerance) * plain]
+        column = -good["memorization_rate"] if len(good) else own["agreement_distinct"]
+        chosen[method] = column.index[0] if column.isna().all() else column.idxmax()
+    return chosen
+
+
+def runs_of(results: pd.DataFrame, chosen: dict[str, str]) -> pd.DataFrame:
+    """The rows of one setting for each method, method by method."""
+    rows = [results[(results["method"] == m) & (results["setting"] == s)].sort_values("seed") for m, s in chosen.items()]
+    return pd.concat(rows, ignore_index=True)
+
+
+def has_directory(results: pd.DataFrame) -> pd.Series:
+    """Whether the directory of a run is where the table says."""
+    return results["run"].map(lambda run: run != "" and Path(run).is_dir()).astype(bool)
+
+
+def read_evaluation(run: Path) -> dict:
+    """What evaluation.json says: at least measure, memorized_above, steps, guidance_scale and prompts."""
+    path = run / "evaluation.json"
+    with readable(path):
+        found = json.loads(path.read_text(encoding="utf-8"))
+        for name in ("measure", "memorized_above", "steps", "guidance_scale", "prompts"):
+            found[name]
+    return found
+
+
+def common_evaluation(runs: pd.DataFrame) -> dict | None:
+    """How all runs were evaluated: measure, memorized_above, steps, guidance_scale; None where no run says.
+
+    Raises:
+        ReportError: they were not evaluated alike, so that their figures mean different things.
+    """
+    first, common = None, None
+    for run in runs["run"]:
+        if not Path(run, "evaluation.json").is_file():
+            continue
+        found = read_evaluation(Path(run))
+        found = {name: found[name] for name in ("measure", "memorized_above", "steps", "guidance_scale")}
+        if common is None:
+            first, common = run, found
+        for name, value in found.items():
+            if value != common[name]:
+                raise ReportError(f"evaluation.json: {name} must be the same in all runs, found {common[name]!r} in {first} "
+                                  f"and {value!r} in {run}; evaluate both again")  # fmt: skip
+    return common
+
+
+def read_drop_rates(runs: pd.DataFrame) -> pd.DataFrame:
+    """Rows of method, setting, seed, group, point, samples, rate, of runs that drop something; ``point`` counts the lines of
+    metrics.jsonl."""
+    rows = []
+    for method, setting, seed, run in runs[["method", "setting", "seed", "run"]].itertuples(index=False):
+        path = Path(run, "metrics.jsonl")
+        if not path.is_file():
+            continue
+        with readable(path):
+            lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+            rates = [(group, i, line["samples"], float(line[name])) for i, line in enumerate(lines) for group in GROUPS
+                     if (name := f"filter/drop_rate_{group}") in line]  # fmt: skip
+        if any(rate > 0 for *_, rate in rates):
+            rows += [(method, setting, seed, *point) for point in rates]
+    return pd.DataFrame(rows, columns=["method", "setting", "seed", "group", "point", "samples", "rate"])
+
+
+def read_classifiers(runs: pd.DataFrame) -> pd.DataFrame:
+    """The AUC with which runs tell duplicates from distinct samples, in bins of timesteps.
+
+    It is that of what they judge by: the evidence of the sample's key where there is any, else the norm. A sample that was
+    passed over counts with the evidence that its key had last, since that is why.
+
+    Returns:
+        Rows of method, setting, seed, score, timestep (where the bin begins), auc, over the last half of each run; none of
+        bins without samples of both kinds.
+    """
+    rows = []
+    for method, setting, seed, run in runs[["method", "setting", "seed", "run"]].itertuples(index=False):
+        path = Path(run, "audit.parquet")
+        if not path.is_file():
+            continue
+        with readable(path):
+            columns = ["position", "key", "duplicate", "timestep", "text_norm", "evidence"]
+            known = set(pq.read_schema(path).names)
+            audit = pq.read_table(path, columns=[name for name in columns if name in known]).to_pandas()
+            score, points = _auc_by_timestep(audit)
+        rows += [(method, setting, seed, score, *point) for point in points]
+    return pd.DataFrame(rows, columns=["method", "setting", "seed", "score", "timestep", "auc"])
+
+
+def _auc_by_timestep(audit: pd.DataFrame) -> tuple[str, list[tuple[int, float]]]:
+    from sklearn.metrics import roc_auc_score
+
+    audit, score = audit.sort_values("position"), "norm"
+    audit["score"] = audit["text_norm"]
+    if "evidence" in audit and audit["evidence"].notna().any():
+        score, audit["score"] = "evidence", audit.groupby("key")["evidence"].ffill()
+    late = audit[audit["position"] >= (audit["position"].max() + 1) / 2].dropna(subset=["score", "duplicate"])
+    points = []
+    for number, part in late.groupby(late["timestep"] // BIN):
+        if part["duplicate"].nunique() == 2:
+            points.append((int(number) * BIN, float(roc_auc_score(part["duplicate"].astype(bool), part["score"]))))
+    return score, points
+
+
+@dataclass
+class Prompt:
+    """A duplicate, and what the runs made of its caption."""
+
+    key: str
+    caption: str
+    training: np.ndarray  # uint8 [H, W, 3]
+    generations: dict[str, tuple[np.ndarray, list[float]]]  # method -> uint8 [S, H, W, 3], copy similarity of each
+
+
+def read_gallery(runs: pd.DataFrame, prompts: int) -> tuple[float, list[Prompt]]:
+    """The seed at which the most methods have pictures, and the first ``prompts`` duplicates that all of these share."""
+    runs = runs[[Path(run, "evaluation.npz").is_file() for run in runs["run"]]]
+    if runs.empty:
+        return float("nan"), []
+    counts = runs["seed"].value_counts()
+    seed = counts[counts == counts.max()].index.min()
+    found = {method: _pictures(Path(run)) for method, run in runs.loc[runs["seed"] == seed, ["method", "run"]].values}
+    first = next(iter(found.values()))
+    shared = [name for name in first if all(name in other for other in found.values())][:prompts]
+    return seed, [Prompt(*name, first[name][0], {method: pictures[name][1:] for method, pictures in found.items()})
+                  for name in shared]  # fmt: skip
+
+
+def _pictures(run: Path) -> dict[tuple[str, str], tuple[np.ndarray, np.ndarray, list[float]]]:
+    """(key, caption) of each duplicate -> training picture, generations, similarities."""
+    asked = read_evaluation(run)["prompts"]
+    with readable(run / "evaluation.npz"), np.load(run / "evaluation.npz") as pictures:
+        generations, training = pictures["generations"], pictures["training"]
+        expected = [len(prompt["similarity"]) for prompt in asked]
+        fits = generations.ndim == 5 and all(generations.shape[:2] == (len(expected), count) for count in expected)
+        if not fits or len(training) != len(expected):
+            raise ValueError(f"it does not fit evaluation.json: {len(asked)} prompts, found generations "
+                             f"{generations.shape}, training {training.shape}")  # fmt: skip
+    with readable(run / "evaluation.json"):
+        return {(prompt["key"], prompt["caption"]): (training[i], generations[i], prompt["similarity"])
+                for i, prompt in enumerate(asked) if prompt["duplicate"]}  # fmt: skip
