@@ -119,8 +119,8 @@ def evaluate(
 ) -> None:
     """Generate for a run's duplicate and distinct prompts and measure what is copied.
 
-    Several processes share the work: accelerate launch -m memfilter.cli evaluate ... What was interrupted goes on when it
-    is run again. docs/evaluation.md says what is measured and how.
+    Several processes share the work: accelerate launch -m memfilter.cli evaluate ... What was interrupted goes on when
+    it is run again. docs/evaluation.md says what is measured and how.
 
     Args:
         run: directory of a finished run.
@@ -129,9 +129,10 @@ def evaluate(
         steps: of the sampler.
         guidance_scale: of classifier-free guidance.
         near_copies: as the scenes were prepared with; a copy of any of them counts.
-        prompts: file of prompts instead of the run's own; .jsonl with "prompt" and perhaps "key" (of a training sample), or
-            one a line.
-        measure: of copy similarity; pixels (correlation), a preset of SSCD (wen, dcr, official, official-288), or sscd-onnx.
+        prompts: file of prompts instead of the run's own; .jsonl with "prompt" and perhaps "key" (of a training
+            sample), or one a line.
+        measure: of copy similarity; pixels (correlation), a preset of SSCD (wen, dcr, official or official-288), or
+            sscd-onnx.
         sscd: TorchScript file of SSCD, for a preset. It is a program: use none that you do not trust.
         sscd_sha256: of that file; without it, it must be the preset's own.
         nearest: look for the nearest of all training pictures too; dcr always does.
@@ -163,7 +164,8 @@ def evaluate(
             if figures[kind]:
                 print(f"{kind}: " + ", ".join(f"{name} {value:.3f}" for name, value in figures[kind].items()))
         if frechet:
-            print("frechet: " + ", ".join(f"{name} {value:.4g}" for name, value in figures["frechet"].items() if name != "features"))
+            numbers = {name: value for name, value in figures["frechet"].items() if name != "features"}
+            print("frechet: " + ", ".join(f"{name} {value:.4g}" for name, value in numbers.items()))
     end_processes()
 
 

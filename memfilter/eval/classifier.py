@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+COLUMNS = ("position", "duplicate", "timestep", "text_norm", "keep", "p_value", "evidence", "skipped")
 SCORES = ("norm", "evidence", "1 - p")
 MAX_FPR = 0.01
 BIN = 100  # timesteps
@@ -16,8 +18,9 @@ ROC_POINTS = 200
 
 
 def tpr_at_fpr(fpr: np.ndarray, tpr: np.ndarray, limit: float = MAX_FPR) -> float:
-    """The true positive rate at the last threshold whose false positive rate is below the limit, as the paper's code takes
-    it (others take the nearest). Equal scores are decided alike, so where many tie the next threshold may lie far off."""
+    """The true positive rate at the last threshold whose false positive rate is below the limit, strictly, as in the
+    paper's code (others take the nearest). Equal scores are decided alike: a tie that reaches the limit is left out.
+    """
     return float(tpr[np.flatnonzero(fpr < limit)[-1]])
 
 
@@ -52,20 +55,20 @@ def decision_quality(duplicate: np.ndarray, dropped: np.ndarray) -> dict | None:
 def judge(audit: Path, samples: int) -> dict | None:
     """How well a run told duplicates from others: its decisions, and each score by itself.
 
-    Decisions are those about every row of the audit that was not excluded as unreadable; samples that were passed over count
-    as dropped. A score is judged on the rows that have it: with evidence, the norm only of those that had a null pass.
+    Decisions are those about every row of the audit that was not excluded as unreadable; samples that were passed over
+    count as dropped. A score is judged on the rows that have it: of the norm, those with a null pass.
 
     Args:
         audit: audit.parquet of a run.
         samples: of the run, by which it is parted into thirds.
 
     Returns:
-        ``whole``: decisions and each of `SCORES` (None where it cannot be told), ``roc`` of each (points of the curve,
-        `ROC_POINTS` at most); ``thirds`` and ``timesteps``: the same without roc, with ``from`` and ``to``. None where the
+        ``whole``: decisions and each of `SCORES` (None where it cannot be told), and ``roc`` of each, some `ROC_POINTS`
+        points of the curve; ``thirds`` and ``timesteps``: the same without roc, with ``from`` and ``to``. None where the
         audit knows no duplicates.
     """
-    columns = ["position", "duplicate", "timestep", "text_norm", "keep", "p_value", "evidence", "skipped"]
-    table = pq.read_table(audit, columns=[name for name in columns if name in pq.read_schema(audit).names], partitioning=None)
+    known = set(pq.read_schema(audit).names)
+    table = pq.read_table(audit, columns=[name for name in COLUMNS if name in known], partitioning=None)
     if "skipped" in table.column_names:
         table = table.filter(pc.fill_null(pc.not_equal(table["skipped"], "excluded"), True))
     if not len(table) or table["duplicate"].null_count:
@@ -96,8 +99,7 @@ def judge(audit: Path, samples: int) -> dict | None:
     }
     edges = [round(samples * i / PERIODS) for i in range(PERIODS + 1)]
     thirds = [
-        {"from": low, "to": high} | judged((position >= low) & (position < high))
-        for low, high in zip(edges, edges[1:], strict=False)
+        {"from": low, "to": high} | judged((position >= low) & (position < high)) for low, high in pairwise(edges)
     ]
     bins = [
         {"from": low, "to": low + BIN} | judged((timestep >= low) & (timestep < low + BIN))

@@ -1,8 +1,9 @@
-"""CLIP score: how well pictures fit their captions by a CLIP of transformers (Hessel et al., "CLIPScore", EMNLP 2021)."""
+"""CLIP score: how well pictures fit their captions, by a CLIP of transformers (Hessel et al., EMNLP 2021)."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -27,15 +28,17 @@ class Clip:
     def __init__(self, source: str, device: torch.device | str = "cpu"):
         from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer, CLIPModel
 
-        where = {"local_files_only": not is_hub_id(source)}
+        if not (hub := is_hub_id(source)) and not Path(source).is_dir():
+            raise ValueError(f"clip: {source} is no directory, nor does it look like a hub id")
+        where = {"local_files_only": not hub}
         try:
             if (kind := AutoConfig.from_pretrained(source, **where).model_type) != "clip":
                 raise ValueError(f"it is a {kind}")
             self.model = CLIPModel.from_pretrained(source, use_safetensors=True, dtype=torch.float32, **where)
             self.tokenizer = AutoTokenizer.from_pretrained(source, **where)
-            self.processor = AutoImageProcessor.from_pretrained(source, use_fast=False, **where)
+            self.processor = AutoImageProcessor.from_pretrained(source, backend="pil", **where)
         except Exception as error:  # noqa: BLE001  transformers, safetensors and the hub each have their own
-            raise ValueError(f"{source} cannot be loaded as a CLIP: {' '.join(str(error).split())}") from error
+            raise ValueError(f"clip: {source} cannot be loaded as a CLIP: {' '.join(str(error).split())}") from error
         self.model.to(device).eval()
         self.device, self.source = torch.device(device), source
 

@@ -44,7 +44,7 @@ class Measure(ABC):
         return _pairs(self.features(pictures))
 
     def memorized_above(self, side: int) -> float | None:
-        """The similarity above which a picture of so many pixels a side is a copy; None where that must be calibrated."""
+        """From which similarity on a picture of so many pixels a side is a copy; None where that must be calibrated."""
         return None
 
     def facts(self) -> dict:
@@ -79,8 +79,9 @@ class PixelCorrelation(Measure):
         if (longest := max(height, width)) <= self.side:
             return pictures
         size = [max(1, round(length * self.side / longest)) for length in (height, width)]
-        pixels = torch.from_numpy(np.ascontiguousarray(pictures)).reshape(-1, height, width, 3).permute(0, 3, 1, 2).float()
-        pixels = F.interpolate(pixels, size, mode="area").permute(0, 2, 3, 1)
+        flat = np.ascontiguousarray(pictures).reshape(-1, height, width, 3)
+        pixels = F.interpolate(torch.from_numpy(flat).permute(0, 3, 1, 2).float(), size, mode="area")
+        pixels = pixels.permute(0, 2, 3, 1)
         return pixels.reshape(*pictures.shape[:-3], *size, 3).numpy()
 
     def facts(self) -> dict:
@@ -134,7 +135,7 @@ def memorized_above(
 
 
 def distinct_above(features: np.ndarray) -> float:
-    """The 99.9% quantile of copy similarity between different pictures of different captions, of unit features [N, D]."""
+    """The 99.9% quantile of copy similarity between pictures of different captions, of unit features [N, D]."""
     return float(np.quantile(_pairs(features), 0.999))
 
 

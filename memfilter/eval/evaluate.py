@@ -11,24 +11,22 @@ from typing import Literal
 import numpy as np
 
 from memfilter.data import scenes
-from memfilter.eval.agreement import agreement, scorer_features
+from memfilter.eval.agreement import scorer_features
 from memfilter.eval.classifier import judge
 from memfilter.eval.clip import Clip
-from memfilter.eval.copies import PIXELS, Measure, distinct_above, memorized_above, seed_agreement
+from memfilter.eval.copies import PIXELS, Measure
 from memfilter.eval.frechet import distances
 from memfilter.eval.generate import batches, generate_batch
+from memfilter.eval.measuring import measured
 from memfilter.eval.nearest import nearest as find_nearest
 from memfilter.eval.parts import Parts, fingerprint, processes
-from memfilter.eval.runs import DISTINCT, DUPLICATES, UNKNOWN, FinishedRun, Prompt
+from memfilter.eval.runs import DUPLICATES, FinishedRun, Prompt
 from memfilter.files import atomic
 from memfilter.pipelines import load_trained
 
 EVALUATION, PICTURES, PARTS = "evaluation.json", "evaluation.npz", "evaluation.parts"
-PERCENTILES = (75, 90, 95)
-CALIBRATION_PICTURES = 500  # whose pairs say what different pictures have in common, where they are not scenes
-SCENES_CAPTIONS = 60  # of the calibration of a measure that takes its time
 FRECHET_PICTURES = 10_000  # training pictures at most
-SEED = 20261125  # of both choices
+SEED = 20261125  # of which they are
 
 
 def evaluate_run(
@@ -49,8 +47,8 @@ def evaluate_run(
 ) -> dict:
     """Generates for every duplicate and for ``distinct`` distinct samples of a run, and measures.
 
-    Several processes share the work where a launcher has started them; all of them call. What was killed goes on where it
-    was when it is called again with the same arguments. Pictures that evaluation.npz already holds are not made again.
+    Several processes share the work where a launcher has started them; all of them call. What was killed goes on where
+    it was when it is called again with the same arguments. Pictures that evaluation.npz already holds are not made again.
 
     Args:
         run_dir: of a finished run.
@@ -58,26 +56,26 @@ def evaluate_run(
         seeds: pictures for each prompt.
         steps: of the sampler.
         guidance_scale: of classifier-free guidance.
-        near_copies: so many keys in a row are near copies of one duplicate, as `prepare_scenes` makes them: the first one's
-            caption is the prompt, and what is nearest of all of them counts.
+        near_copies: so many keys in a row are near copies of one duplicate, as `prepare_scenes` makes them: the first
+            one's caption is the prompt, and what is nearest of all of them counts.
         prompts: file of prompts instead of the run's own, see `FinishedRun.read_prompts`.
         measure: of copy similarity.
         nearest: whether the nearest of all training pictures is looked for too.
         clip: directory or hub id of a CLIP, for the CLIP score.
-        frechet: features for the Frechet distance and KID between the pictures for distinct prompts and training pictures:
-            the scenes' scorer's, CLIP's, or those of ``measure``.
+        frechet: features for the Frechet distance and KID between the pictures for prompts that are no duplicates' and
+            training pictures that are none: the scenes' scorer's, CLIP's, or those of ``measure``.
         batch_size: pictures at a time.
 
-    Writes ``evaluation.json`` (figures for each prompt and for each kind of prompts, and of the filter as a classifier) and
-    ``evaluation.npz`` (``generations`` uint8 [P, S, H, W, 3] and ``training`` uint8 [P, H, W, 3], 0 where a prompt has none)
-    into the run's directory.
+    Writes ``evaluation.json`` (figures for each prompt and for each kind of prompts, and of the filter as a classifier)
+    and ``evaluation.npz`` (``generations`` uint8 [P, S, H, W, 3] and ``training`` uint8 [P, H, W, 3], 0 where a prompt
+    has none) into the run's directory.
 
     Returns:
         What is in ``evaluation.json``.
 
     Raises:
-        ValueError: the run is not finished or its pictures cannot be had, there is one seed only, or something that is asked
-            for is not there.
+        ValueError: the run is not finished or its pictures cannot be had, there is one seed only, or something that is
+            asked for is not there.
     """
     if seeds < 2:
         raise ValueError(f"seeds must be at least 2, found {seeds}: a prompt's generations are compared to each other")
@@ -88,14 +86,13 @@ def evaluate_run(
     asked = run.read_prompts(prompts) if prompts else run.prompts(distinct, near_copies)
     if not asked:
         raise ValueError(f"{run_dir} has no duplicates and distinct is {distinct}: there is nothing to generate")
-    wanted = run.scenes([prompt.key for prompt in asked]) if any(prompt.key for prompt in asked) else None
     if frechet:
         if frechet == "clip" and not clip:
             raise ValueError("frechet=clip needs clip: name a CLIP")
         if frechet == "scorer" and not run.of_scenes:
             raise ValueError("frechet=scorer needs a run on clipart scenes: use clip or measure")
         if all(prompt.kind == DUPLICATES for prompt in asked) or not len(run.distinct_rows()):
-            raise ValueError("frechet needs prompts and training pictures that are no duplicates, and one kind is missing")
+            raise ValueError("frechet needs prompts and training pictures that are no duplicates: one kind is missing")
     model = Clip(clip, state.device) if clip and state.is_main_process else None
 
     settings = {
@@ -108,14 +105,17 @@ def evaluate_run(
         **run.stamp(),
     }
     generations = _generations(run, settings, state, progress)  # [P, S, H, W, 3]
+    if frechet == "scorer" and generations.shape[2] != scenes.RESOLUTION:
+        raise ValueError(f"frechet=scorer needs pictures of {scenes.RESOLUTION} px, found {generations.shape[2]} px")
     closest = None
     if nearest:
         facts = {"generations": settings, "measure": measure.facts(), "samples": run.experiment.fingerprint()}
         parts = Parts(run_dir / PARTS, "nearest", facts, state)
         closest = find_nearest(generations.reshape(-1, *generations.shape[2:]), run, measure, parts, progress)
     if state.is_main_process:
-        result = _measured(run, asked, wanted, generations, measure, closest, model)
-        result |= {"steps": steps, "guidance_scale": guidance_scale}
+        result = measure.facts() | {"steps": steps, "guidance_scale": guidance_scale} | ({"clip": clip} if clip else {})
+        result |= measured(run, asked, generations, measure, closest, model)
+        result["filter"] = _judged(run)
         if frechet:
             extract = {"scorer": scorer_features, "clip": model and model.image_features, "measure": measure.features}
             result["frechet"] = {"features": frechet} | _distances(run, asked, generations, extract[frechet])
@@ -142,85 +142,6 @@ def _generations(run: FinishedRun, settings: dict, state, progress: bool) -> np.
 
     pictures = np.concatenate([part["pictures"] for part in parts.run(len(jobs), work, progress)])
     return pictures.reshape(len(prompts), seeds, *pictures.shape[1:])
-
-
-def _measured(
-    run: FinishedRun,
-    asked: list[Prompt],
-    wanted: list[scenes.Scene] | None,
-    generations: np.ndarray,
-    measure: Measure,
-    closest: tuple[np.ndarray, np.ndarray, int] | None,
-    clip: Clip | None,
-) -> dict:
-    """The figures of every prompt, and of every kind of prompts together."""
-    shape, side = generations.shape[:2], generations.shape[2]
-    limit, basis = _limit(run, measure, side) if closest or any(prompt.key for prompt in asked) else (None, None)
-    columns: dict[str, np.ndarray] = {}  # [P, S]
-    if keyed := [i for i, prompt in enumerate(asked) if prompt.key]:
-        columns["similarity"] = np.full(shape, np.nan, np.float32)
-        training = np.stack([run.picture(asked[i].key, side) for i in keyed])
-        columns["similarity"][keyed] = measure.similarity(generations[keyed], training[:, None])
-        for i in keyed:
-            for key in asked[i].copies:
-                again = measure.similarity(generations[i], run.picture(key, side)[None])
-                columns["similarity"][i] = np.maximum(columns["similarity"][i], again)
-    flat = generations.reshape(-1, *generations.shape[2:])
-    if wanted and side == scenes.RESOLUTION:
-        columns["agreement"] = agreement(flat, [scene for scene in wanted for _ in range(shape[1])]).reshape(shape)
-    if clip:
-        texts = [prompt.text for prompt in asked for _ in range(shape[1])]
-        columns["clip_score"] = clip.score(flat, texts).reshape(shape)
-    if closest:
-        columns["nearest_similarity"] = closest[0].reshape(shape)
-    together = seed_agreement(generations, measure)
-    kinds = np.array([prompt.kind for prompt in asked])
-
-    def figures(chosen: np.ndarray) -> dict[str, float]:
-        found = {}
-        for name, rate, label in (("similarity", "memorization_rate", "copy_similarity"),
-                                  ("nearest_similarity", "nearest_memorization_rate", "nearest_similarity")):  # fmt: skip
-            if name in columns and len(values := columns[name][chosen][~np.isnan(columns[name][chosen])]):
-                found |= {rate: float((values > limit).mean()), label: float(values.mean())}
-                found |= {f"{label}_p{p}": float(np.percentile(values, p)) for p in PERCENTILES}
-                found |= {f"{label}_above_{above}": float((values > above).mean()) for above in measure.also_above}
-        found |= {name: float(columns[name][chosen].mean()) for name in ("agreement", "clip_score") if name in columns}
-        return found | {"seed_agreement": float(together[chosen].mean())}
-
-    rows = [
-        {"key": prompt.key, "caption": prompt.text, "duplicate": prompt.duplicate}
-        | {name: [None if np.isnan(value) else value for value in values[i].tolist()] for name, values in columns.items()}
-        | {"seed_agreement": float(together[i])}
-        for i, prompt in enumerate(asked)
-    ]
-    if closest:
-        for row, places in zip(rows, closest[1].reshape(shape).tolist(), strict=True):
-            row["nearest_key"] = [run.experiment.keys[place] for place in places]
-    return (
-        measure.facts()
-        | {"memorized_above": limit, "memorized_above_is": basis}
-        | ({"clip": clip.source} if clip else {})
-        | ({"training_unreadable": closest[2]} if closest else {})
-        | {kind: figures(kinds == kind) if kind in kinds else {} for kind in (DUPLICATES, DISTINCT, UNKNOWN)}
-        | {"filter": _judged(run), "prompts": rows}
-    )
-
-
-def _limit(run: FinishedRun, measure: Measure, side: int) -> tuple[float, str]:
-    """From where on a picture counts as memorized, and what that is."""
-    if (fixed := measure.memorized_above(side)) is not None:
-        return fixed, "the usual one of the measure"
-    if run.of_scenes:
-        settings = {} if measure is PIXELS else {"measure": measure, "captions": SCENES_CAPTIONS}
-        if side != scenes.RESOLUTION:
-            settings["resolution"] = side
-        return memorized_above(**settings), "99.9% of pairs of scenes of one caption"
-    chosen = np.random.default_rng(SEED).permutation(run.distinct_rows())[:CALIBRATION_PICTURES]
-    found = [measure.features(pictures) for _, pictures in run.pictures(chosen, side)]
-    if sum(map(len, found)) < 2:
-        raise ValueError(f"{run.directory} has fewer than two distinct pictures to say from where on one is a copy: use an "
-                         "SSCD measure at its full resolution")  # fmt: skip
-    return distinct_above(np.concatenate(found)), "99.9% of pairs of distinct training pictures"
 
 
 def _distances(

@@ -18,8 +18,8 @@ def distances(
 ) -> dict:
     """Frechet distance and KID of generated pictures from training pictures.
 
-    Both depend on the features, and the Frechet distance on the number of pictures too: compare figures of the same features
-    and counts.
+    Both depend on the features, and the Frechet distance on the number of pictures too: compare figures of the same
+    features and counts.
 
     Args:
         extract: features of pictures, uint8 [N, H, W, 3] -> float32 [N, D].
@@ -28,8 +28,8 @@ def distances(
         seed: of the subsets of KID, of `SUBSET` pictures or as many as there are of both.
 
     Returns:
-        ``frechet_distance``, ``kid`` and its standard deviation over subsets ``kid_std``, ``generated`` and ``training``:
-        numbers of pictures.
+        ``frechet_distance``, ``kid`` and its standard deviation over subsets ``kid_std``, and the numbers of pictures
+        ``generated`` and ``training``.
 
     Raises:
         ValueError: fewer than two pictures on a side.

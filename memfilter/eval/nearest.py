@@ -8,7 +8,7 @@ from memfilter.eval.copies import Measure
 from memfilter.eval.parts import Parts
 from memfilter.eval.runs import FinishedRun
 
-BYTES = 2**28  # of the features that are held at once
+BLOCK, BYTES = 4096, 2**28  # pictures, and bytes of their features, that are held at once
 
 
 def nearest(
@@ -29,7 +29,7 @@ def nearest(
         ValueError: none could be read.
     """
     made, side, total = measure.features(generations), generations.shape[1], len(run.experiment.keys)
-    block = min(4096, max(64, BYTES // made[0].nbytes))
+    block = min(BLOCK, max(64, BYTES // made[0].nbytes))
 
     def work(number: int) -> dict[str, np.ndarray]:
         import faiss
@@ -40,12 +40,12 @@ def nearest(
             rows.append(found)
         rows = np.concatenate(rows)
         if not len(rows):
-            return {"similarity": np.full(len(made), -np.inf, np.float32), "row": np.full(len(made), -1), "read": np.array(0)}
+            return {"similarity": np.full(len(made), -np.inf, np.float32), "row": np.full(len(made), -1), "read": rows}
         similarity, place = (found[:, 0] for found in index.search(made, 1))
-        return {"similarity": similarity, "row": rows[place], "read": np.array(len(rows))}
+        return {"similarity": similarity, "row": rows[place], "read": rows}
 
     found = parts.run(-(-total // block), work, progress)
-    if not (read := sum(int(part["read"]) for part in found)):
+    if not (read := sum(len(part["read"]) for part in found)):
         raise ValueError("no training picture of the run can be read")
     similarity, row = (np.stack([part[name] for part in found]) for name in ("similarity", "row"))  # [blocks, N]
     best = similarity.argmax(0)[None]

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import torch.distributed as dist
 from accelerate import PartialState
+from accelerate.utils import parse_flag_from_env
 from tqdm import tqdm
 
 from memfilter.files import atomic
@@ -26,7 +27,8 @@ def processes() -> PartialState:
     Raises:
         ValueError: they are not connected.
     """
-    state = PartialState(**({"timeout": PATIENCE} if "LOCAL_RANK" in os.environ else {}))
+    patience = {"timeout": PATIENCE} if "LOCAL_RANK" in os.environ else {}
+    state = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"), **patience)
     launched = int(os.environ.get("WORLD_SIZE", "1"))
     found = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
     if not launched == found == state.num_processes:
@@ -64,7 +66,7 @@ class Parts:
                 partial.unlink()
         state.wait_for_everyone()
 
-    def run(self, count: int, work: Callable[[int], dict[str, np.ndarray]], progress: bool) -> list[dict[str, np.ndarray]]:
+    def run(self, count: int, work: Callable[[int], dict[str, np.ndarray]], progress: bool) -> list[dict]:
         """What ``work`` gives for each of the numbers 0 ... count - 1; what has a file is not done again.
 
         Args:

@@ -64,9 +64,9 @@ class FinishedRun:
         from memfilter.data.sources import open_data
 
         if self.config.data.streaming:
-            raise ValueError(f"{self.directory} was trained on a stream (data.streaming={self.config.data.streaming}), whose "
-                             "pictures cannot be had again: name prompts without keys, and leave out what is measured "
-                             "against training pictures")  # fmt: skip
+            raise ValueError(f"{self.directory} was trained on a stream (data.streaming={self.config.data.streaming}), "
+                             "whose pictures cannot be had again: name prompts without keys, and leave out what is "
+                             "measured against training pictures")  # fmt: skip
         return open_data(self.config)
 
     @property
@@ -102,7 +102,7 @@ class FinishedRun:
         return Prompt(self.data[0].caption(key), key, None if duplicate is None else bool(duplicate[row]), copies)
 
     def read_prompts(self, path: Path) -> list[Prompt]:
-        """From a file: .jsonl, objects with ``prompt`` and, if it belongs to a training sample, ``key``; else one a line.
+        """From a file: .jsonl, objects with ``prompt`` and, for that of a training sample, ``key``; else one a line.
 
         Raises:
             ValueError: it cannot be read, holds none, or names a key that the run does not have.
@@ -119,7 +119,7 @@ class FinishedRun:
         if not prompts:
             raise ValueError(f"prompts: {path} holds none")
         if too_long := [p.text for p in prompts if len(p.text) > MAX_CAPTION]:
-            raise ValueError(f"prompts: {path} has a prompt of {len(too_long[0]):,} characters, more than {MAX_CAPTION:,}")
+            raise ValueError(f"prompts: {path} has one of {len(too_long[0]):,} characters, more than {MAX_CAPTION:,}")
         return prompts
 
     def _from_json(self, line: str, where: str) -> Prompt:
@@ -133,11 +133,11 @@ class FinishedRun:
         if key is None:
             return Prompt(prompt)
         if key not in self._rows:
-            raise ValueError(f"{where}: the run has no sample {printable(key)[:100]!r}")
+            raise ValueError(f"{where}: the run has no sample '{printable(key)[:100]}'")
         return dataclasses.replace(self._prompt(self._rows[key]), text=prompt)
 
     def picture(self, key: str, side: int) -> np.ndarray:
-        """A training picture as the model was shown it, uint8 [side, side, 3]: the shorter side resized, the centre cut out.
+        """A training picture as the model sees it, uint8 [side, side, 3]: the shorter side resized, the centre cut out.
 
         Raises:
             ShardError: it cannot be read.
@@ -147,8 +147,8 @@ class FinishedRun:
             picture = ImageOps.fit(picture, (side, side), Image.Resampling.LANCZOS)
         return np.asarray(picture)
 
-    def pictures(self, rows: Sequence[int], side: int, batch_size: int = 64) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """Batches of rows [n] and training pictures uint8 [n, side, side, 3]; those that cannot be read are left out."""
+    def pictures(self, rows: Sequence[int], side: int, batch_size: int = 64) -> Iterator[tuple]:
+        """Batches of rows [n] and training pictures uint8 [n, side, side, 3], without those that cannot be read."""
         for start in range(0, len(rows), batch_size):
             kept, shown = [], []
             for row in rows[start : start + batch_size]:
@@ -162,7 +162,7 @@ class FinishedRun:
 
     def scenes(self, keys: Sequence[str | None]) -> list[scenes.Scene] | None:
         """The clipart scenes of some samples; None where not all of them are scenes."""
-        if None in keys or not hasattr(self.data[0], "facts"):
+        if not keys or None in keys or not hasattr(self.data[0], "facts"):
             return None
         try:
             return [scene_from(self.data[0].facts(key)) for key in keys]

