@@ -40,7 +40,10 @@ def distances(
     module = nn.Identity()  # both metrics take the features, which are extracted once
     module.num_features = extract(generated[:1]).shape[1]
     with warnings.catch_warnings(action="ignore", category=UserWarning):  # that KID keeps all features
-        frechet, kernel = FrechetInceptionDistance(feature=module), KernelInceptionDistance(feature=module)
+        # one process has all the pictures: the others would be waited for
+        frechet, kernel = (
+            kind(feature=module, sync_on_compute=False) for kind in (FrechetInceptionDistance, KernelInceptionDistance)
+        )
     counts = {"generated": 0, "training": 0}
 
     def update(kind: str, pictures: np.ndarray) -> None:

@@ -43,9 +43,9 @@ def folder_copy(folder_run, tmp_path):
 
 @pytest.fixture(scope="module")
 def evaluated(scenes_run, tmp_path_factory):
-    """(directory, result), with the nearest training pictures."""
+    """(directory, result), with the nearest training pictures and distances."""
     run = shutil.copytree(scenes_run, tmp_path_factory.mktemp("runs") / "run")
-    return run, evaluate_run(run, nearest=True, **SHORT)
+    return run, evaluate_run(run, nearest=True, frechet="measure", **SHORT)
 
 
 def contents(run) -> list[bytes]:
@@ -240,7 +240,7 @@ def evaluate_with(run, seconds: float = 0) -> None:
         return make(*arguments, **settings)
 
     evaluate.generate_batch = slow
-    evaluate.evaluate_run(run, nearest=True, **SHORT)
+    evaluate.evaluate_run(run, nearest=True, frechet="measure", **SHORT)
 
 
 def test_two_processes_write_what_one_does(evaluated, scenes_run, tmp_path, monkeypatch):
@@ -265,7 +265,7 @@ def test_killed_evaluation_goes_on_where_it_was(evaluated, scenes_run, tmp_path,
     made = []
     make = evaluate.generate_batch
     monkeypatch.setattr(evaluate, "generate_batch", lambda *a, **s: made.append(a[1]) or make(*a, **s))
-    evaluate_run(run, nearest=True, **SHORT)
+    evaluate_run(run, nearest=True, frechet="measure", **SHORT)
     assert len(made) == 5 - len(parts)
     assert contents(run) == contents(evaluated[0])
     assert not (run / "evaluation.parts").exists()
