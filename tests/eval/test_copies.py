@@ -44,14 +44,15 @@ def test_dot_product_of_features_is_the_similarity(side):
     a, b = noise(2, 3, side, side, 3), noise(2, 3, side, side, 3, seed=1)
     a[0, 0] = 7
     found = (PIXELS.features(a) * PIXELS.features(b)).sum(-1)
-    assert found == pytest.approx(copy_similarity(a, b), abs=1e-6) == pytest.approx(PIXELS.similarity(a, b), abs=1e-6)
+    assert found == pytest.approx(copy_similarity(a, b), abs=1e-6)
+    assert np.array_equal(PIXELS.similarity(a, b), copy_similarity(a, b))
     lengths = np.linalg.norm(PIXELS.features(a), axis=-1)
     assert lengths[0, 0] == 0 and lengths.ravel()[1:] == pytest.approx(1)
 
 
 def test_large_pictures_are_averaged_down_before_they_are_compared():
-    a, b = noise(2, 128, 128, 3), noise(2, 128, 128, 3, seed=1)
-    a, b = (np.repeat(np.repeat(x[:, ::4, ::4], 4, 1), 4, 2) for x in (a, b))  # blocks, that the mean be no grey
+    a = noise(2, 128, 128, 3)
+    b = a // 2 + noise(2, 128, 128, 3, seed=1) // 2
     small = [x.reshape(2, 64, 2, 64, 2, 3).mean((2, 4)) for x in (a, b)]
     assert PIXELS.similarity(a, b) == pytest.approx(copy_similarity(*small), abs=1e-5)
     assert PIXELS.features(a).shape == (2, 64 * 64 * 3)

@@ -1,5 +1,6 @@
 """Real runs of tiny models, evaluated; what is written is redone by other means."""
 
+import hashlib
 import json
 import multiprocessing
 import os
@@ -10,6 +11,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 from accelerate import debug_launcher
 from accelerate.state import AcceleratorState
 from PIL import Image
@@ -24,6 +26,7 @@ from memfilter.eval.evaluate import evaluate_run
 from memfilter.eval.generate import generate
 from memfilter.eval.parts import Parts, processes
 from memfilter.eval.runs import FinishedRun, Prompt
+from memfilter.eval.sscd import Sscd
 from memfilter.pipelines import load_trained
 
 SHORT = {"distinct": 3, "seeds": 2, "steps": 1, "batch_size": 3, "progress": False}
@@ -216,6 +219,37 @@ def test_command_with_distances_prints_what_it_writes(scenes_copy, capsys):
     lines = capsys.readouterr().out.splitlines()
     assert [line.split(":")[0] for line in lines] == ["duplicates", "distinct", "frechet"]
     assert f"frechet_distance {result['frechet']['frechet_distance']:.4g}" in lines[2]
+
+
+class Averages(torch.nn.Module):
+    """Stands for SSCD: 1024 features, averages of the picture's parts."""
+
+    def forward(self, x):
+        return torch.nn.functional.adaptive_avg_pool2d(x, [18, 19]).flatten(1)[:, :1024]
+
+
+def test_dcr_looks_for_the_nearest_by_the_users_network_and_writes_down_its_sum(folder_copy, tmp_path, capsys):
+    file = tmp_path / "net.pt"
+    torch.jit.script(Averages()).save(str(file))
+    settings = ["--distinct=2", "--seeds=2", "--steps=1", "--measure=dcr", f"--sscd={file}"]
+    assert main(["evaluate", str(folder_copy), *settings]) == 0
+    result = json.loads((folder_copy / "evaluation.json").read_text())
+    assert (result["measure"], result["sha256"]) == ("SSCD (dcr)", hashlib.sha256(file.read_bytes()).hexdigest())
+    run, measure = FinishedRun(folder_copy), Sscd(file, "dcr")
+    with np.load(folder_copy / "evaluation.npz") as pictures:
+        made = measure.features(pictures["generations"])  # [2, 2, 1024]
+    known = measure.features(np.stack([run.picture(f"{i:02d}", 16) for i in range(12)]))
+    similarity = np.einsum("psd,nd->psn", made, known)
+    for prompt, row, own in zip(result["prompts"], similarity, (0, 1), strict=True):
+        assert prompt["nearest_similarity"] == pytest.approx(row.max(-1), abs=1e-5)
+        assert prompt["nearest_key"] == [f"{i:02d}" for i in row.argmax(-1)]
+        assert prompt["similarity"] == pytest.approx(row[:, own], abs=1e-5)
+    figures = result["unknown"]
+    assert figures["nearest_similarity_above_0.5"] == (similarity.max(-1) > 0.5).mean()
+    assert figures["nearest_memorization_rate"] == (similarity.max(-1) > result["memorized_above"]).mean()
+    pairs = (known @ known.T)[np.triu_indices(12, 1)]
+    assert result["memorized_above"] == pytest.approx(np.quantile(pairs, 0.999), abs=1e-5)  # of 16 px: not 0.7
+    assert "nearest_similarity_above_0.5" in capsys.readouterr().out
 
 
 def test_likest_of_near_copies_counts(scenes_copy):
