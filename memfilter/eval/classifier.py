@@ -64,8 +64,8 @@ def judge(audit: Path, samples: int) -> dict | None:
 
     Returns:
         ``whole``: decisions and each of `SCORES` (None where it cannot be told), and ``roc`` of each, some `ROC_POINTS`
-        points of the curve; ``thirds`` and ``timesteps``: the same without roc, with ``from`` and ``to``. None where the
-        audit knows no duplicates.
+        points of the curve; ``thirds`` and ``timesteps``: the same without roc, with ``from`` and ``to``. None where
+        the audit knows no duplicates.
     """
     known = set(pq.read_schema(audit).names)
     table = pq.read_table(audit, columns=[name for name in COLUMNS if name in known], partitioning=None)

@@ -48,7 +48,7 @@ def evaluate_run(
     """Generates for every duplicate and for ``distinct`` distinct samples of a run, and measures.
 
     Several processes share the work where a launcher has started them; all of them call. What was killed goes on where
-    it was when it is called again with the same arguments. Pictures that evaluation.npz already holds are not made again.
+    it was when it is called again with the same arguments. Pictures that evaluation.npz holds are not made again.
 
     Args:
         run_dir: of a finished run.

@@ -119,6 +119,6 @@ def _limit(run: FinishedRun, measure: Measure, side: int) -> tuple[float, str]:
     chosen = np.random.default_rng(SEED).permutation(run.distinct_rows())[:CALIBRATION_PICTURES]
     found = [measure.features(pictures) for _, pictures in run.pictures(chosen, side)]
     if sum(map(len, found)) < 2:
-        raise ValueError(f"{run.directory} has fewer than two distinct pictures, by which to say from where on one is a "
-                         "copy")  # fmt: skip
+        raise ValueError(f"{run.directory} has fewer than two distinct pictures, by which to say from where on one is "
+                         "a copy")  # fmt: skip
     return distinct_above(np.concatenate(found)), "99.9% of pairs of distinct training pictures"

@@ -33,8 +33,8 @@ def processes() -> PartialState:
     found = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
     if not launched == found == state.num_processes:
         raise ValueError(
-            f"the launcher started {launched} processes and accelerate connected {state.num_processes} of them; on CPUs "
-            f"use ACCELERATE_USE_CPU=true torchrun --nproc_per_node {launched} -m memfilter.cli evaluate ..."
+            f"the launcher started {launched} processes and accelerate connected {state.num_processes} of them; on "
+            f"CPUs use ACCELERATE_USE_CPU=true torchrun --nproc_per_node {launched} -m memfilter.cli evaluate ..."
         )
     return state
 

@@ -41,8 +41,8 @@ def test_rate_of_exactly_one_percent_is_not_below_it():
 
 
 def test_threshold_inside_a_straight_stretch_of_the_curve_counts():
-    # a duplicate ties with a distinct sample at every score: the curve is one straight line, of which scikit-learn keeps
-    # the ends unless it is told not to
+    # a duplicate ties with a distinct sample at every score: the curve is one straight line, of which scikit-learn
+    # keeps the ends unless it is told not to
     score = np.repeat(np.arange(500.0), 2)
     assert quality(np.arange(1000) % 2 == 0, score)["tpr_at_1pct_fpr"] == pytest.approx(4 / 500)
 
