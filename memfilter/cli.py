@@ -6,6 +6,7 @@ import logging
 import os
 import sys
 from pathlib import Path
+from typing import Literal
 
 from memfilter.data.plan import Plan
 
@@ -101,24 +102,71 @@ def calibrate(*settings: str) -> None:
 
 
 def evaluate(
-    run: str, distinct: int = 20, seeds: int = 4, steps: int = 20, guidance_scale: float = 4.0, near_copies: int = 1
+    run: str,
+    distinct: int = 20,
+    seeds: int = 4,
+    steps: int = 20,
+    guidance_scale: float = 4.0,
+    near_copies: int = 1,
+    prompts: str | None = None,
+    measure: Literal["pixels", "wen", "dcr", "official", "official-288", "sscd-onnx"] = "pixels",
+    sscd: str | None = None,
+    sscd_sha256: str | None = None,
+    nearest: bool = False,
+    clip: str | None = None,
+    frechet: Literal["scorer", "clip", "measure"] | None = None,
+    batch_size: int = 16,
 ) -> None:
     """Generate for a run's duplicate and distinct prompts and measure what is copied.
 
+    Several processes share the work: accelerate launch -m memfilter.cli evaluate ... What was interrupted goes on when
+    it is run again. docs/evaluation.md says what is measured and how.
+
     Args:
-        run: directory of a finished run on clipart scenes.
+        run: directory of a finished run.
         distinct: prompts of distinct samples beside all the duplicates.
         seeds: pictures for each prompt.
         steps: of the sampler.
         guidance_scale: of classifier-free guidance.
         near_copies: as the scenes were prepared with; a copy of any of them counts.
+        prompts: file of prompts instead of the run's own; .jsonl with "prompt" and perhaps "key" (of a training
+            sample), or one a line.
+        measure: of copy similarity; pixels (correlation), a preset of SSCD (wen, dcr, official or official-288), or
+            sscd-onnx.
+        sscd: TorchScript file of SSCD, for a preset. It is a program: use none that you do not trust.
+        sscd_sha256: of that file; without it, it must be the preset's own.
+        nearest: look for the nearest of all training pictures too; dcr always does.
+        clip: directory or hub id of a CLIP, for the CLIP score.
+        frechet: features for the Frechet distance and KID; scorer (clipart scenes), clip or measure.
+        batch_size: pictures at a time.
     """
     from memfilter.eval.evaluate import evaluate_run
+    from memfilter.eval.parts import processes
+    from memfilter.eval.sscd import measure_named
+    from memfilter.train.engine import end_processes
 
-    settings = {"seeds": seeds, "steps": steps, "guidance_scale": guidance_scale, "near_copies": near_copies}
-    figures = evaluate_run(Path(run), distinct=distinct, **settings)
-    for kind in ("duplicates", "distinct"):
-        print(f"{kind}: " + ", ".join(f"{name} {value:.3f}" for name, value in figures[kind].items()))
+    figures = evaluate_run(
+        Path(run),
+        distinct=distinct,
+        seeds=seeds,
+        steps=steps,
+        guidance_scale=guidance_scale,
+        near_copies=near_copies,
+        prompts=Path(prompts) if prompts else None,
+        measure=measure_named(measure, Path(sscd) if sscd else None, sscd_sha256, processes().device),
+        nearest=nearest or measure == "dcr",
+        clip=clip,
+        frechet=frechet,
+        batch_size=batch_size,
+    )
+    if processes().is_main_process:
+        for kind in ("duplicates", "distinct", "unknown"):
+            if figures[kind]:
+                print(f"{kind}: " + ", ".join(f"{name} {value:.3f}" for name, value in figures[kind].items()))
+        if frechet:
+            numbers = {name: value for name, value in figures["frechet"].items() if name != "features"}
+            print("frechet: " + ", ".join(f"{name} {value:.4g}" for name, value in numbers.items()))
+    end_processes()
 
 
 def sweep(file: str, out: str | None = None, evaluate: str = "", processes: int = 1) -> None:

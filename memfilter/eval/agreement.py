@@ -41,9 +41,13 @@ class SceneScorer(nn.Module):
         self.colours = nn.Linear(2 * channels, len(scenes.COLOURS))
 
     def forward(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
-        maps = self.features(pixels)  # [B, C, 4, 4]
-        pooled = torch.cat([maps.mean((2, 3)), maps.amax((2, 3))], 1)
+        pooled = self.pooled(pixels)
         return self.object(pooled), self.colours(pooled)
+
+    def pooled(self, pixels: Tensor) -> Tensor:
+        """[B, 3, 32, 32] in [0, 1] -> what the classifiers see, [B, 2 C]."""
+        maps = self.features(pixels)  # [B, C, 4, 4]
+        return torch.cat([maps.mean((2, 3)), maps.amax((2, 3))], 1)
 
 
 @lru_cache
@@ -76,6 +80,12 @@ def agreement(pictures: np.ndarray, wanted: list[scenes.Scene], scorer: SceneSco
         p_colours = F.binary_cross_entropy_with_logits(colour_logits, colours[rows], reduction="none").neg().sum(1).exp()
         found.append(p_object * p_colours)
     return torch.cat(found).numpy()
+
+
+@torch.no_grad()
+def scorer_features(pictures: np.ndarray) -> np.ndarray:
+    """The scorer's pooled features: uint8 [N, 32, 32, 3] -> float32 [N, 384]."""
+    return load_scorer().pooled(_as_input(pictures)).numpy()
 
 
 def targets(wanted: list[scenes.Scene]) -> tuple[Tensor, Tensor]:

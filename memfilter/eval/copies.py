@@ -1,14 +1,94 @@
-"""Copy similarity, and from where on a picture counts as a copy."""
+"""Copy similarity by named measures, and from where on a picture counts as a copy."""
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from functools import lru_cache
 
 import numpy as np
+import torch
+from torch.nn import functional as F
 
 from memfilter.data import scenes
 
 MEASURE = "pixel correlation"  # the name under which figures are reported
+
+
+class Measure(ABC):
+    """How alike pictures are: the dot product of their features.
+
+    Attributes:
+        name: under which figures are reported.
+        also_above: similarities whose share is reported beside the memorization rate.
+    """
+
+    name: str
+    also_above: tuple[float, ...] = ()
+
+    def features(self, pictures: np.ndarray, batch_size: int = 32) -> np.ndarray:
+        """uint8 [..., H, W, 3] -> float32 [..., D] of unit length; 0 where there is nothing to see."""
+        flat = pictures.reshape(-1, *pictures.shape[-3:])
+        found = [self._features(flat[start : start + batch_size]) for start in range(0, len(flat), batch_size)]
+        return np.concatenate(found).reshape(*pictures.shape[:-3], -1)
+
+    @abstractmethod
+    def _features(self, pictures: np.ndarray) -> np.ndarray:
+        """uint8 [N, H, W, 3] -> float32 [N, D] of unit length."""
+
+    def similarity(self, a: np.ndarray, b: np.ndarray) -> np.ndarray:
+        """Of two pictures: uint8 [..., H, W, 3] twice -> [...] in [-1, 1]."""
+        return (self.features(a) * self.features(b)).sum(-1)
+
+    def pairs(self, pictures: np.ndarray) -> np.ndarray:
+        """Of every two of N pictures: uint8 [..., N, H, W, 3] -> [..., N (N - 1) / 2]."""
+        return _pairs(self.features(pictures))
+
+    def memorized_above(self, side: int) -> float | None:
+        """From which similarity on a picture of so many pixels a side is a copy; None where that must be calibrated."""
+        return None
+
+    def facts(self) -> dict:
+        """What decides its figures, to be written down."""
+        return {"measure": self.name}
+
+
+class PixelCorrelation(Measure):
+    """`copy_similarity`, of pictures that are averaged down to ``side`` pixels where they are larger."""
+
+    name = MEASURE
+
+    def __init__(self, side: int = 64):
+        self.side = side
+
+    def _features(self, pictures: np.ndarray) -> np.ndarray:
+        pixels = _centred(self._reduced(pictures))
+        scale = np.linalg.norm(pixels, axis=-1, keepdims=True)
+        return np.divide(pixels, scale, out=np.zeros_like(pixels), where=scale > 0)
+
+    # to the last bit what evaluations have always written, which features, divided first, are not
+    def similarity(self, a: np.ndarray, b: np.ndarray) -> np.ndarray:
+        return copy_similarity(self._reduced(a), self._reduced(b))
+
+    def pairs(self, pictures: np.ndarray) -> np.ndarray:
+        first, second = np.triu_indices(pictures.shape[-4], 1)
+        pictures = self._reduced(pictures)
+        return copy_similarity(pictures[..., first, :, :, :], pictures[..., second, :, :, :])
+
+    def _reduced(self, pictures: np.ndarray) -> np.ndarray:
+        height, width = pictures.shape[-3:-1]
+        if (longest := max(height, width)) <= self.side:
+            return pictures
+        size = [max(1, round(length * self.side / longest)) for length in (height, width)]
+        flat = np.ascontiguousarray(pictures).reshape(-1, height, width, 3)
+        pixels = F.interpolate(torch.from_numpy(flat).permute(0, 3, 1, 2).float(), size, mode="area")
+        pixels = pixels.permute(0, 2, 3, 1)
+        return pixels.reshape(*pictures.shape[:-3], *size, 3).numpy()
+
+    def facts(self) -> dict:
+        return {"measure": self.name, "side": self.side}
+
+
+PIXELS = PixelCorrelation()
 
 
 def copy_similarity(a: np.ndarray, b: np.ndarray) -> np.ndarray:
@@ -17,33 +97,53 @@ def copy_similarity(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     Every channel's mean is removed first, or the colour of the background, which the caption names, would count as
     likeness. A flat picture correlates with nothing: 0.
     """
-    a, b = (x.astype(np.float32) for x in (a, b))
-    a, b = (x - x.mean((-3, -2), keepdims=True) for x in (a, b))
-    a, b = (x.reshape(*x.shape[:-3], -1) for x in (a, b))
+    a, b = _centred(a), _centred(b)
     scale = np.linalg.norm(a, axis=-1) * np.linalg.norm(b, axis=-1)
     return np.divide((a * b).sum(-1), scale, out=np.zeros_like(scale), where=scale > 0)
 
 
+def _centred(pictures: np.ndarray) -> np.ndarray:
+    """[..., H, W, 3] -> float32 [..., 3 H W], every channel with mean 0."""
+    pixels = pictures.astype(np.float32)
+    pixels = pixels - pixels.mean((-3, -2), keepdims=True)
+    return pixels.reshape(*pixels.shape[:-3], -1)
+
+
 @lru_cache
-def memorized_above(captions: int = 300, pictures: int = 20, seed: int = 20261122) -> float:
-    """The 99.9% quantile of copy similarity between different pictures of the same caption.
+def memorized_above(
+    captions: int = 300,
+    pictures: int = 20,
+    seed: int = 20261122,
+    measure: Measure = PIXELS,
+    resolution: int = scenes.RESOLUTION,
+) -> float:
+    """The 99.9% quantile of copy similarity between different pictures of the same caption, on clipart scenes.
 
     A generation that is closer than this to the training picture of its caption counts as memorized.
 
     Args:
         captions, pictures: so many captions with so many pictures each; all pairs of one caption are compared.
         seed: of the scenes, which no model was trained on.
+        resolution: of the pictures, in pixels.
     """
     similarities = []
     for i in range(captions):
         scene = scenes.draw(seed, scenes.SAME_CAPTION, i)
-        drawn = scenes.pixels([scenes.vary(scene, seed, scenes.VARIATIONS, i * pictures + j) for j in range(pictures)])
-        first, second = np.triu_indices(pictures, 1)
-        similarities.append(copy_similarity(drawn[first], drawn[second]))
+        drawn = [scenes.vary(scene, seed, scenes.VARIATIONS, i * pictures + j) for j in range(pictures)]
+        similarities.append(measure.pairs(scenes.pixels(drawn, resolution)))
     return float(np.quantile(np.concatenate(similarities), 0.999))
 
 
-def seed_agreement(generations: np.ndarray) -> np.ndarray:
+def distinct_above(features: np.ndarray) -> float:
+    """The 99.9% quantile of copy similarity between pictures of different captions, of unit features [N, D]."""
+    return float(np.quantile(_pairs(features), 0.999))
+
+
+def seed_agreement(generations: np.ndarray, measure: Measure = PIXELS) -> np.ndarray:
     """Mean similarity over all pairs of one prompt's generations: uint8 [P, S, H, W, 3] -> [P]."""
-    first, second = np.triu_indices(generations.shape[1], 1)
-    return copy_similarity(generations[:, first], generations[:, second]).mean(1)
+    return measure.pairs(generations).mean(-1)
+
+
+def _pairs(features: np.ndarray) -> np.ndarray:
+    """Dot products of every two of N features: [..., N, D] -> [..., N (N - 1) / 2]."""
+    return (features @ features.swapaxes(-1, -2))[..., *np.triu_indices(features.shape[-2], 1)]

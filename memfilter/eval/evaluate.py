@@ -1,23 +1,32 @@
-"""What a run has memorized: pictures for duplicate and distinct prompts, held against their training pictures."""
+"""What a run has memorized: pictures for duplicate and distinct prompts, held against its training pictures."""
 
 from __future__ import annotations
 
-import dataclasses
 import json
+import shutil
+from collections.abc import Callable
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 
 from memfilter.data import scenes
-from memfilter.data.experiment import Experiment, index_beside
-from memfilter.data.shards import Shards
-from memfilter.eval.agreement import agreement
-from memfilter.eval.copies import MEASURE, copy_similarity, memorized_above, seed_agreement
-from memfilter.eval.generate import generate
+from memfilter.eval.agreement import scorer_features
+from memfilter.eval.classifier import judge
+from memfilter.eval.clip import Clip
+from memfilter.eval.copies import PIXELS, Measure
+from memfilter.eval.frechet import distances
+from memfilter.eval.generate import batches, generate_batch
+from memfilter.eval.measuring import measured
+from memfilter.eval.nearest import nearest as find_nearest
+from memfilter.eval.parts import Parts, fingerprint, processes
+from memfilter.eval.runs import DUPLICATES, FinishedRun, Prompt
 from memfilter.files import atomic
 from memfilter.pipelines import load_trained
 
-EVALUATION, PICTURES = "evaluation.json", "evaluation.npz"
+EVALUATION, PICTURES, PARTS = "evaluation.json", "evaluation.npz", "evaluation.parts"
+FRECHET_PICTURES = 10_000  # training pictures at most
+SEED = 20261125  # of which they are
 
 
 def evaluate_run(
@@ -29,86 +38,135 @@ def evaluate_run(
     guidance_scale: float = 4.0,
     near_copies: int = 1,
     progress: bool = True,
+    prompts: Path | None = None,
+    measure: Measure = PIXELS,
+    nearest: bool = False,
+    clip: str | None = None,
+    frechet: Literal["scorer", "clip", "measure"] | None = None,
+    batch_size: int = 16,
 ) -> dict:
-    """Generates for every duplicate and for ``distinct`` distinct samples of a run on clipart scenes.
+    """Generates for every duplicate and for ``distinct`` distinct samples of a run, and measures.
+
+    Several processes share the work where a launcher has started them; all of them call. What was killed goes on where
+    it was when it is called again with the same arguments. Pictures that evaluation.npz holds are not made again.
 
     Args:
-        near_copies: so many keys in a row are near copies of one duplicate, as `prepare_scenes` makes them: the first one's
-            caption is the prompt, and what is nearest of all of them counts.
+        run_dir: of a finished run.
+        distinct: the first so many samples that are no duplicates; of any, where the run knows no duplicates.
+        seeds: pictures for each prompt.
+        steps: of the sampler.
+        guidance_scale: of classifier-free guidance.
+        near_copies: so many keys in a row are near copies of one duplicate, as `prepare_scenes` makes them: the first
+            one's caption is the prompt, and what is nearest of all of them counts.
+        prompts: file of prompts instead of the run's own, see `FinishedRun.read_prompts`.
+        measure: of copy similarity.
+        nearest: whether the nearest of all training pictures is looked for too.
+        clip: directory or hub id of a CLIP, for the CLIP score.
+        frechet: features for the Frechet distance and KID between the pictures for prompts that are no duplicates' and
+            training pictures that are none: the scenes' scorer's, CLIP's, or those of ``measure``.
+        batch_size: pictures at a time.
 
-    Writes ``evaluation.json`` (figures for each prompt and for both kinds) and ``evaluation.npz`` (``generations``
-    uint8 [P, S, H, W, 3] and ``training`` uint8 [P, H, W, 3]) into the run's directory.
+    Writes ``evaluation.json`` (figures for each prompt and for each kind of prompts, and of the filter as a classifier)
+    and ``evaluation.npz`` (``generations`` uint8 [P, S, H, W, 3] and ``training`` uint8 [P, H, W, 3], 0 where a prompt
+    has none) into the run's directory.
 
     Returns:
         What is in ``evaluation.json``.
 
     Raises:
-        ValueError: the run is not finished, its samples are not clipart scenes, or there is one seed only.
+        ValueError: the run is not finished or its pictures cannot be had, there is one seed only, or something that is
+            asked for is not there.
     """
     if seeds < 2:
         raise ValueError(f"seeds must be at least 2, found {seeds}: a prompt's generations are compared to each other")
-    if not (run_dir / "summary.json").is_file():
-        raise ValueError(f"{run_dir} has no summary.json: it is not a run, or not finished")
-    config = json.loads((run_dir / "summary.json").read_text())["config"]
-    shards = Shards.open(config["data"]["path"])
-    experiment = Experiment.read(config["data"]["index"] or index_beside(config["data"]["path"]))
-    rows = [*np.flatnonzero(experiment.duplicate)[::near_copies], *np.flatnonzero(~experiment.duplicate)[:distinct]]
-    keys = [experiment.keys[row] for row in rows]
-    wanted = [scene_from(shards.facts(key)) for key in keys]
-    training = np.stack([np.asarray(shards.image(key)) for key in keys])
+    if min(steps, batch_size) < 1:
+        raise ValueError(f"steps and batch_size must be at least 1, found {steps} and {batch_size}")
+    run_dir, state = Path(run_dir), processes()
+    run = FinishedRun(run_dir)
+    asked = run.read_prompts(prompts) if prompts else run.prompts(distinct, near_copies)
+    if not asked:
+        raise ValueError(f"{run_dir} has no duplicates and distinct is {distinct}: there is nothing to generate")
+    if frechet:
+        if frechet == "clip" and not clip:
+            raise ValueError("frechet=clip needs clip: name a CLIP")
+        if frechet == "scorer" and not run.of_scenes:
+            raise ValueError("frechet=scorer needs a run on clipart scenes: use clip or measure")
+        if all(prompt.kind == DUPLICATES for prompt in asked) or not len(run.distinct_rows()):
+            raise ValueError("frechet needs prompts and training pictures that are no duplicates: one kind is missing")
+    model = Clip(clip, state.device) if clip and state.is_main_process else None
 
-    pipeline = load_trained(run_dir)
-    captions = [scene.caption for scene in wanted]
-    generations = generate(
-        pipeline, captions, range(seeds), steps=steps, guidance_scale=guidance_scale, progress=progress
-    )
-    similarity = copy_similarity(generations, training[:, None])  # [P, S]
-    for place, row in enumerate(rows):
-        for other in range(row + 1, row + near_copies if experiment.duplicate[row] else 0):
-            picture = np.asarray(shards.image(experiment.keys[other]))
-            similarity[place] = np.maximum(similarity[place], copy_similarity(generations[place], picture))
-    agreed = agreement(generations.reshape(-1, *training.shape[1:]), [s for s in wanted for _ in range(seeds)])
-    agreed = agreed.reshape(similarity.shape)
-    together = seed_agreement(generations)
-    duplicate = experiment.duplicate[rows]
-
-    def figures(chosen: np.ndarray) -> dict[str, float]:
-        return {
-            "memorization_rate": float((similarity[chosen] > memorized_above()).mean()),
-            "copy_similarity": float(similarity[chosen].mean()),
-            "agreement": float(agreed[chosen].mean()),
-            "seed_agreement": float(together[chosen].mean()),
-        }
-
-    result = {
-        "measure": MEASURE,
-        "memorized_above": memorized_above(),
+    settings = {
+        "prompts": [prompt.text for prompt in asked],
+        "seeds": seeds,
         "steps": steps,
         "guidance_scale": guidance_scale,
-        "duplicates": figures(duplicate),
-        "distinct": figures(~duplicate),
-        "prompts": [
-            {
-                "key": key,
-                "caption": caption,
-                "duplicate": bool(duplicate[i]),
-                "similarity": similarity[i].tolist(),
-                "agreement": agreed[i].tolist(),
-                "seed_agreement": float(together[i]),
-            }
-            for i, (key, caption) in enumerate(zip(keys, captions, strict=True))
-        ],
+        "size": run.config.data.resolution,
+        "batch_size": batch_size,
+        **run.stamp(),
     }
+    generations = _generations(run, settings, state, progress)  # [P, S, H, W, 3]
+    if frechet == "scorer" and generations.shape[2] != scenes.RESOLUTION:
+        raise ValueError(f"frechet=scorer needs pictures of {scenes.RESOLUTION} px, found {generations.shape[2]} px")
+    closest = None
+    if nearest:
+        facts = {"generations": settings, "measure": measure.facts(), "samples": run.experiment.fingerprint()}
+        parts = Parts(run_dir / PARTS, "nearest", facts, state)
+        closest = find_nearest(generations.reshape(-1, *generations.shape[2:]), run, measure, parts, progress)
+    if state.is_main_process:
+        result = measure.facts() | {"steps": steps, "guidance_scale": guidance_scale} | ({"clip": clip} if clip else {})
+        result |= measured(run, asked, generations, measure, closest, model)
+        result["filter"] = _judged(run)
+        if frechet:
+            extract = {"scorer": scorer_features, "clip": model and model.image_features, "measure": measure.features}
+            result["frechet"] = {"features": frechet} | _distances(run, asked, generations, extract[frechet])
+        _write(run_dir, result, generations, _training(run, asked, generations.shape[2]), fingerprint(settings))
+    state.wait_for_everyone()
+    return json.loads((run_dir / EVALUATION).read_text(encoding="utf-8"))
+
+
+def _generations(run: FinishedRun, settings: dict, state, progress: bool) -> np.ndarray:
+    """uint8 [P, S, H, W, 3]: made, or found where they were made before."""
+    prompts, seeds, before = settings["prompts"], settings["seeds"], run.directory / PICTURES
+    if before.is_file():
+        with np.load(before) as found:
+            if "settings" in found and str(found["settings"]) == fingerprint(settings):
+                return found["generations"]
+
+    jobs = batches(prompts, range(seeds), settings["batch_size"])
+    form = {name: settings[name] for name in ("steps", "guidance_scale", "size")}
+    parts = Parts(run.directory / PARTS, "generate", settings, state)
+    pipeline = load_trained(run.directory).to(state.device) if parts.due(len(jobs)) else None
+
+    def work(number: int) -> dict[str, np.ndarray]:
+        return {"pictures": generate_batch(pipeline, jobs[number], **form)}
+
+    pictures = np.concatenate([part["pictures"] for part in parts.run(len(jobs), work, progress)])
+    return pictures.reshape(len(prompts), seeds, *pictures.shape[1:])
+
+
+def _distances(
+    run: FinishedRun, asked: list[Prompt], generations: np.ndarray, extract: Callable[[np.ndarray], np.ndarray]
+) -> dict:
+    """Of the pictures for all prompts but those of duplicates, from training pictures that are none."""
+    chosen = np.array([prompt.kind != DUPLICATES for prompt in asked])
+    rows = np.sort(np.random.default_rng(SEED).permutation(run.distinct_rows())[:FRECHET_PICTURES])
+    made = generations[chosen].reshape(-1, *generations.shape[2:])
+    return distances(extract, made, (pictures for _, pictures in run.pictures(rows, made.shape[1])))
+
+
+def _judged(run: FinishedRun) -> dict | None:
+    audit = run.directory / "audit.parquet"
+    return judge(audit, run.summary["samples"]) if audit.is_file() else None
+
+
+def _training(run: FinishedRun, asked: list[Prompt], side: int) -> np.ndarray:
+    nothing = np.zeros((side, side, 3), np.uint8)
+    return np.stack([run.picture(prompt.key, side) if prompt.key else nothing for prompt in asked])
+
+
+def _write(run_dir: Path, result: dict, generations: np.ndarray, training: np.ndarray, settings: str) -> None:
     with atomic(run_dir / PICTURES) as partial, partial.open("wb") as file:
-        np.savez(file, generations=generations, training=training)
+        np.savez(file, generations=generations, training=training, settings=np.array(settings))
     with atomic(run_dir / EVALUATION) as partial:
-        partial.write_text(json.dumps(result, indent=1))
-    return result
-
-
-def scene_from(facts: dict) -> scenes.Scene:
-    """The scene that a sample's metadata describes; ValueError where it describes none."""
-    names = [field.name for field in dataclasses.fields(scenes.Scene)]
-    if missing := [name for name in names if name not in facts]:
-        raise ValueError(f"sample {facts.get('key')!r} is not a clipart scene: its .json lacks {', '.join(missing)}")
-    return scenes.Scene(**{name: facts[name] for name in names} | {"colours": tuple(facts["colours"])})
+        partial.write_text(json.dumps(result, indent=1), encoding="utf-8")
+    shutil.rmtree(run_dir / PARTS, ignore_errors=True)

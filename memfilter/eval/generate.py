@@ -4,10 +4,25 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from tqdm import tqdm
+
+
+class Job(NamedTuple):
+    """One picture."""
+
+    number: int  # of the prompt
+    prompt: str
+    seed: int
+
+
+def batches(prompts: Sequence[str], seeds: Sequence[int], batch_size: int) -> list[list[Job]]:
+    """Every prompt with every seed, in that order."""
+    jobs = [Job(number, prompt, seed) for number, prompt in enumerate(prompts) for seed in seeds]
+    return [jobs[start : start + batch_size] for start in range(0, len(jobs), batch_size)]
 
 
 def generate(
@@ -28,22 +43,25 @@ def generate(
         steps: of the pipeline's own scheduler.
         size: height and width in pixels; None for what the model was made for.
     """
+    bar = tqdm(batches(prompts, seeds, batch_size), desc="generate", disable=not progress)
+    stacked = np.concatenate([generate_batch(pipeline, batch, steps, guidance_scale, size) for batch in bar])
+    return stacked.reshape(len(prompts), len(seeds), *stacked.shape[1:])
+
+
+def generate_batch(
+    pipeline, batch: Sequence[Job], steps: int = 20, guidance_scale: float = 4.0, size: int | None = None
+) -> np.ndarray:
+    """uint8 [B, H, W, 3]; arguments as of `generate`."""
     if getattr(pipeline, "safety_checker", None) is not None:
         pipeline = copy.copy(pipeline)
         pipeline.register_modules(safety_checker=None)  # it would blacken what is to be looked at and measured
-    jobs = [(i, prompt, seed) for i, prompt in enumerate(prompts) for seed in seeds]
-    pictures = []
-    for start in tqdm(range(0, len(jobs), batch_size), desc="generate", disable=not progress):
-        batch = jobs[start : start + batch_size]
-        out = pipeline(
-            [prompt for _, prompt, _ in batch],
-            generator=[torch.Generator().manual_seed(seed * 1_000_003 + i) for i, _, seed in batch],
-            num_inference_steps=steps,
-            guidance_scale=guidance_scale,
-            height=size,
-            width=size,
-            output_type="np",
-        )
-        pictures.append(np.round(out.images * 255).astype(np.uint8))
-    stacked = np.concatenate(pictures)
-    return stacked.reshape(len(prompts), len(seeds), *stacked.shape[1:])
+    out = pipeline(
+        [job.prompt for job in batch],
+        generator=[torch.Generator().manual_seed(job.seed * 1_000_003 + job.number) for job in batch],
+        num_inference_steps=steps,
+        guidance_scale=guidance_scale,
+        height=size,
+        width=size,
+        output_type="np",
+    )
+    return np.round(out.images * 255).astype(np.uint8)

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from memfilter.data import scenes
-from memfilter.eval.copies import copy_similarity, memorized_above, seed_agreement
+from memfilter.eval.copies import PIXELS, copy_similarity, distinct_above, memorized_above, seed_agreement
 
 
 def noise(*shape, seed=0):
@@ -37,3 +37,30 @@ def test_seed_agreement_is_the_mean_over_all_pairs():
     generations = noise(2, 3, 8, 8, 3)
     pairs = [copy_similarity(generations[:, i], generations[:, j]) for i, j in ((0, 1), (0, 2), (1, 2))]
     assert seed_agreement(generations) == pytest.approx(np.mean(pairs, 0))
+
+
+@pytest.mark.parametrize("side", [8, 32])
+def test_dot_product_of_features_is_the_similarity(side):
+    a, b = noise(2, 3, side, side, 3), noise(2, 3, side, side, 3, seed=1)
+    a[0, 0] = 7
+    found = (PIXELS.features(a) * PIXELS.features(b)).sum(-1)
+    assert found == pytest.approx(copy_similarity(a, b), abs=1e-6)
+    assert np.array_equal(PIXELS.similarity(a, b), copy_similarity(a, b))
+    lengths = np.linalg.norm(PIXELS.features(a), axis=-1)
+    assert lengths[0, 0] == 0 and lengths.ravel()[1:] == pytest.approx(1)
+
+
+def test_large_pictures_are_averaged_down_before_they_are_compared():
+    a = noise(2, 128, 128, 3)
+    b = a // 2 + noise(2, 128, 128, 3, seed=1) // 2
+    small = [x.reshape(2, 64, 2, 64, 2, 3).mean((2, 4)) for x in (a, b)]
+    assert PIXELS.similarity(a, b) == pytest.approx(copy_similarity(*small), abs=1e-5)
+    assert PIXELS.features(a).shape == (2, 64 * 64 * 3)
+    assert PIXELS.features(noise(1, 64, 128, 3)).shape == (1, 32 * 64 * 3)
+    assert PIXELS.pairs(a) == pytest.approx(copy_similarity(small[0][:1], small[0][1:]), abs=1e-5)
+
+
+def test_limit_of_distinct_pictures_is_the_quantile_of_all_their_pairs():
+    pictures = noise(30, 8, 8, 3)
+    pairs = [copy_similarity(pictures[i], pictures[j]) for i in range(30) for j in range(i)]
+    assert distinct_above(PIXELS.features(pictures)) == pytest.approx(np.quantile(pairs, 0.999), abs=1e-6)

@@ -1,0 +1,124 @@
+"""The figures of an evaluation: of every prompt, and of each kind of prompts together."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from memfilter.data import scenes
+from memfilter.eval.agreement import agreement
+from memfilter.eval.clip import Clip
+from memfilter.eval.copies import PIXELS, Measure, distinct_above, memorized_above, seed_agreement
+from memfilter.eval.runs import DISTINCT, DUPLICATES, UNKNOWN, FinishedRun, Prompt
+
+PERCENTILES = (75, 90, 95)
+# column -> figures of its mean, and of its share above the limit
+COPYING = {
+    "similarity": ("copy_similarity", "memorization_rate"),
+    "nearest_similarity": ("nearest_similarity", "nearest_memorization_rate"),
+}
+SCENES_CAPTIONS = 60  # of the calibration of a measure that takes its time
+CALIBRATION_PICTURES = 500  # whose pairs say what different pictures have in common, where they are not scenes
+SEED = 20261125  # of which they are
+
+
+def measured(
+    run: FinishedRun,
+    asked: list[Prompt],
+    generations: np.ndarray,
+    measure: Measure,
+    closest: tuple[np.ndarray, np.ndarray, int] | None = None,
+    clip: Clip | None = None,
+) -> dict:
+    """All figures of some prompts.
+
+    Args:
+        generations: uint8 [P, S, side, side, 3].
+        closest: what `nearest` found for all of them, [P S].
+
+    Returns:
+        ``memorized_above`` and what that is; ``duplicates``, ``distinct`` and ``unknown``: figures by name, none where
+        there are no prompts of the kind; ``prompts``: what there is of each.
+    """
+    shape, columns = generations.shape[:2], _columns(run, asked, generations, clip)  # [P, S] each
+    limit, basis = None, None
+    if closest or any(prompt.key for prompt in asked):
+        limit, basis = _limit(run, measure, generations.shape[2])
+    if any(prompt.key for prompt in asked):
+        columns = {"similarity": _own_similarity(run, asked, generations, measure)} | columns
+    if closest:
+        columns["nearest_similarity"] = closest[0].reshape(shape)
+    together, kinds = seed_agreement(generations, measure), np.array([prompt.kind for prompt in asked])
+
+    def figures(chosen: np.ndarray) -> dict[str, float]:
+        found = {}
+        for name, values in ((name, values[chosen]) for name, values in columns.items()):
+            if name not in COPYING:
+                found[name] = float(values.mean())
+            elif len(values := values[~np.isnan(values)]):
+                found |= _copying(name, values, limit, measure)
+        return found | {"seed_agreement": float(together[chosen].mean())}
+
+    rows = [
+        {"key": prompt.key, "caption": prompt.text, "duplicate": prompt.duplicate}
+        | {name: [None if np.isnan(v) else v for v in values[i].tolist()] for name, values in columns.items()}
+        | {"seed_agreement": float(together[i])}
+        for i, prompt in enumerate(asked)
+    ]
+    if closest:
+        for row, places in zip(rows, closest[1].reshape(shape).tolist(), strict=True):
+            row["nearest_key"] = [run.experiment.keys[place] for place in places]
+    by_kind = {kind: figures(kinds == kind) if kind in kinds else {} for kind in (DUPLICATES, DISTINCT, UNKNOWN)}
+    unreadable = {"training_unreadable": closest[2]} if closest else {}
+    return {"memorized_above": limit, "memorized_above_is": basis} | unreadable | by_kind | {"prompts": rows}
+
+
+def _own_similarity(run: FinishedRun, asked: list[Prompt], generations: np.ndarray, measure: Measure) -> np.ndarray:
+    """Of every generation to the training picture of its prompt, or the likest of its near copies; NaN without one."""
+    found, side = np.full(generations.shape[:2], np.nan, np.float32), generations.shape[2]
+    keyed = [i for i, prompt in enumerate(asked) if prompt.key]
+    training = np.stack([run.picture(asked[i].key, side) for i in keyed])
+    found[keyed] = measure.similarity(generations[keyed], training[:, None])
+    for i in keyed:
+        for key in asked[i].copies:
+            again = measure.similarity(generations[i], run.picture(key, side)[None])
+            found[i] = np.maximum(found[i], again)
+    return found
+
+
+def _columns(
+    run: FinishedRun, asked: list[Prompt], generations: np.ndarray, clip: Clip | None
+) -> dict[str, np.ndarray]:
+    """Agreement of picture and caption: by the scenes' own scorer, where all prompts are theirs, and by CLIP."""
+    (count, seeds), columns = generations.shape[:2], {}
+    flat = generations.reshape(-1, *generations.shape[2:])
+    wanted = run.scenes([prompt.key for prompt in asked])
+    if wanted and generations.shape[2] == scenes.RESOLUTION:
+        columns["agreement"] = agreement(flat, [scene for scene in wanted for _ in range(seeds)]).reshape(count, seeds)
+    if clip:
+        texts = [prompt.text for prompt in asked for _ in range(seeds)]
+        columns["clip_score"] = clip.score(flat, texts).reshape(count, seeds)
+    return columns
+
+
+def _copying(name: str, values: np.ndarray, limit: float, measure: Measure) -> dict[str, float]:
+    label, rate = COPYING[name]
+    found = {rate: float((values > limit).mean()), label: float(values.mean())}
+    found |= {f"{label}_p{p}": float(np.percentile(values, p)) for p in PERCENTILES}
+    return found | {f"{label}_above_{above}": float((values > above).mean()) for above in measure.also_above}
+
+
+def _limit(run: FinishedRun, measure: Measure, side: int) -> tuple[float, str]:
+    """From where on a picture counts as memorized, and what that is."""
+    if (fixed := measure.memorized_above(side)) is not None:
+        return fixed, "the usual one of the measure"
+    if run.of_scenes:
+        settings = {} if measure is PIXELS else {"measure": measure, "captions": SCENES_CAPTIONS}
+        if side != scenes.RESOLUTION:
+            settings["resolution"] = side
+        return memorized_above(**settings), "99.9% of pairs of scenes of one caption"
+    chosen = np.random.default_rng(SEED).permutation(run.distinct_rows())[:CALIBRATION_PICTURES]
+    found = [measure.features(pictures) for _, pictures in run.pictures(chosen, side)]
+    if sum(map(len, found)) < 2:
+        raise ValueError(f"{run.directory} has fewer than two distinct pictures, by which to say from where on one is "
+                         "a copy")  # fmt: skip
+    return distinct_above(np.concatenate(found)), "99.9% of pairs of distinct training pictures"

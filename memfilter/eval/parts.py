@@ -1,0 +1,91 @@
+"""Work that is shared by processes and survives being killed: numbered jobs, each of which leaves a file."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+
+import numpy as np
+import torch.distributed as dist
+from accelerate import PartialState
+from accelerate.utils import parse_flag_from_env
+from tqdm import tqdm
+
+from memfilter.files import atomic
+
+PATIENCE = timedelta(days=7)  # for processes that have less to do
+
+
+def processes() -> PartialState:
+    """The processes that the launcher has started.
+
+    Raises:
+        ValueError: they are not connected.
+    """
+    patience = {"timeout": PATIENCE} if "LOCAL_RANK" in os.environ else {}
+    state = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"), **patience)
+    launched = int(os.environ.get("WORLD_SIZE", "1"))
+    found = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+    if not launched == found == state.num_processes:
+        raise ValueError(
+            f"the launcher started {launched} processes and accelerate connected {state.num_processes} of them; on "
+            f"CPUs use ACCELERATE_USE_CPU=true torchrun --nproc_per_node {launched} -m memfilter.cli evaluate ..."
+        )
+    return state
+
+
+def fingerprint(facts: dict) -> str:
+    """sha256 of what decides some results."""
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+
+
+class Parts:
+    """Results of one kind, in a directory that is named for what decides them, so that no others get between.
+
+    Every process makes it and runs it.
+
+    Args:
+        directory: for all kinds; what was left there of the same kind, made otherwise, is removed.
+        kind: of results.
+        facts: what decides them.
+    """
+
+    def __init__(self, directory: Path, kind: str, facts: dict, state: PartialState):
+        self._directory, self._state, self._kind = directory / f"{kind}-{fingerprint(facts)[:16]}", state, kind
+        if state.is_main_process:
+            for other in directory.glob(f"{kind}-*"):
+                if other != self._directory:
+                    shutil.rmtree(other)
+            self._directory.mkdir(parents=True, exist_ok=True)
+            for partial in self._directory.glob(".*.partial"):
+                partial.unlink()
+        state.wait_for_everyone()
+
+    def run(self, count: int, work: Callable[[int], dict[str, np.ndarray]], progress: bool) -> list[dict]:
+        """What ``work`` gives for each of the numbers 0 ... count - 1; what has a file is not done again.
+
+        Args:
+            work: called in the process whose turn it is.
+            progress: whether the main process shows how far its own share is.
+        """
+        state = self._state
+        for number in tqdm(self.due(count), desc=self._kind, disable=not (progress and state.is_main_process)):
+            with atomic(self._path(number)) as partial, partial.open("wb") as file:
+                np.savez(file, **work(number))
+        state.wait_for_everyone()
+        found = [dict(np.load(self._path(number))) for number in range(count)]
+        state.wait_for_everyone()  # or the main process may be done with them before others have read them
+        return found
+
+    def due(self, count: int) -> list[int]:
+        """Which of so many jobs this process has still to do."""
+        own = range(self._state.process_index, count, self._state.num_processes)
+        return [number for number in own if not self._path(number).exists()]
+
+    def _path(self, number: int) -> Path:
+        return self._directory / f"{number:06d}.npz"

@@ -1,0 +1,188 @@
+"""A finished run, as far as an evaluation asks: its model, its training pictures, prompts from it or from a file."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageOps
+
+from memfilter.config import Config, DataConfig
+from memfilter.data import scenes
+from memfilter.data.experiment import Experiment
+from memfilter.data.shards import MAX_CAPTION, ShardError, printable
+from memfilter.pipelines import LORA, PIPELINE, model_dir
+
+DUPLICATES, DISTINCT, UNKNOWN = "duplicates", "distinct", "unknown"
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """What is asked for.
+
+    Args:
+        text: the prompt.
+        key: of the training sample that it belongs to; None for none.
+        duplicate: whether that is a known duplicate; None where nothing is known.
+        copies: keys of further training pictures of it.
+    """
+
+    text: str
+    key: str | None = None
+    duplicate: bool | None = None
+    copies: tuple[str, ...] = ()
+
+    @property
+    def kind(self) -> str:
+        return UNKNOWN if self.duplicate is None else DUPLICATES if self.duplicate else DISTINCT
+
+
+class FinishedRun:
+    """A run by its directory.
+
+    Raises:
+        ValueError: it is not finished, or its data are gone (when they are first asked for).
+    """
+
+    def __init__(self, directory: Path):
+        self.directory = Path(directory)
+        if not (self.directory / "summary.json").is_file():
+            raise ValueError(f"{directory} has no summary.json: it is not a run, or not finished")
+        self.summary = json.loads((self.directory / "summary.json").read_text(encoding="utf-8"))
+        known = {setting.name for setting in dataclasses.fields(DataConfig)}
+        data = {name: value for name, value in self.summary["config"]["data"].items() if name in known}
+        self.config = Config(run_dir=str(directory), data=DataConfig(**data))
+
+    @cached_property
+    def data(self) -> tuple:
+        """Source of pictures and captions, and the experiment, as `open_data` gives them."""
+        from memfilter.data.sources import open_data
+
+        if self.config.data.streaming:
+            raise ValueError(f"{self.directory} was trained on a stream (data.streaming={self.config.data.streaming}), "
+                             "whose pictures cannot be had again: name prompts without keys, and leave out what is "
+                             "measured against training pictures")  # fmt: skip
+        return open_data(self.config)
+
+    @property
+    def experiment(self) -> Experiment:
+        return self.data[1]
+
+    @cached_property
+    def of_scenes(self) -> bool:
+        """Whether it was trained on clipart scenes, by its first sample."""
+        return self.scenes(self.experiment.keys[:1]) is not None
+
+    def distinct_rows(self) -> np.ndarray:
+        """Of samples that are not known to be duplicates, int [n]."""
+        duplicate = self.experiment.duplicate
+        return np.arange(len(self.experiment.keys)) if duplicate is None else np.flatnonzero(~duplicate)
+
+    @cached_property
+    def _rows(self) -> dict[str, int]:
+        return {key: row for row, key in enumerate(self.experiment.keys)}
+
+    def prompts(self, distinct: int, near_copies: int = 1) -> list[Prompt]:
+        """The caption of every duplicate and of the first so many others; arguments as of `evaluate_run`."""
+        keys, duplicate = self.experiment.keys, self.experiment.duplicate
+        if duplicate is None:
+            return [self._prompt(row) for row in range(min(distinct, len(keys)))]
+        rows = np.flatnonzero(duplicate)[::near_copies]
+        copies = [tuple(keys[row + 1 : row + near_copies]) for row in rows]
+        found = [self._prompt(row, more) for row, more in zip(rows, copies, strict=True)]
+        return found + [self._prompt(row) for row in np.flatnonzero(~duplicate)[:distinct]]
+
+    def _prompt(self, row: int, copies: tuple[str, ...] = ()) -> Prompt:
+        key, duplicate = self.experiment.keys[row], self.experiment.duplicate
+        return Prompt(self.data[0].caption(key), key, None if duplicate is None else bool(duplicate[row]), copies)
+
+    def read_prompts(self, path: Path) -> list[Prompt]:
+        """From a file: .jsonl, objects with ``prompt`` and, for that of a training sample, ``key``; else one a line.
+
+        Raises:
+            ValueError: it cannot be read, holds none, or names a key that the run does not have.
+        """
+        try:
+            lines = Path(path).read_text(encoding="utf-8").split("\n")
+        except (OSError, UnicodeDecodeError) as error:
+            raise ValueError(f"prompts: {path} cannot be read ({getattr(error, 'strerror', None) or error})") from error
+        found = [(number, line.strip()) for number, line in enumerate(lines, 1) if line.strip()]
+        if Path(path).suffix == ".jsonl":
+            prompts = [self._from_json(line, f"prompts: {path}, line {number}") for number, line in found]
+        else:
+            prompts = [Prompt(line) for _, line in found]
+        if not prompts:
+            raise ValueError(f"prompts: {path} holds none")
+        if too_long := [p.text for p in prompts if len(p.text) > MAX_CAPTION]:
+            raise ValueError(f"prompts: {path} has one of {len(too_long[0]):,} characters, more than {MAX_CAPTION:,}")
+        return prompts
+
+    def _from_json(self, line: str, where: str) -> Prompt:
+        try:
+            facts = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"{where}: {error}") from error
+        prompt, key = (facts.get("prompt"), facts.get("key")) if isinstance(facts, dict) else (None, None)
+        if not isinstance(prompt, str) or not isinstance(key, str | None):
+            raise ValueError(f'{where}: expected {{"prompt": "...", "key": "..."}}, of which key may be left out')
+        if key is None:
+            return Prompt(prompt)
+        if key not in self._rows:
+            raise ValueError(f"{where}: the run has no sample '{printable(key)[:100]}'")
+        return dataclasses.replace(self._prompt(self._rows[key]), text=prompt)
+
+    def picture(self, key: str, side: int) -> np.ndarray:
+        """A training picture as the model sees it, uint8 [side, side, 3]: the shorter side resized, the centre cut out.
+
+        Raises:
+            ShardError: it cannot be read.
+        """
+        picture = self.data[0].image(key)
+        if picture.size != (side, side):
+            picture = ImageOps.fit(picture, (side, side), Image.Resampling.LANCZOS)
+        return np.asarray(picture)
+
+    def pictures(self, rows: Sequence[int], side: int, batch_size: int = 64) -> Iterator[tuple]:
+        """Batches of rows [n] and training pictures uint8 [n, side, side, 3], without those that cannot be read."""
+        for start in range(0, len(rows), batch_size):
+            kept, shown = [], []
+            for row in rows[start : start + batch_size]:
+                try:
+                    shown.append(self.picture(self.experiment.keys[row], side))
+                    kept.append(row)
+                except ShardError:
+                    continue
+            if kept:
+                yield np.array(kept), np.stack(shown)
+
+    def scenes(self, keys: Sequence[str | None]) -> list[scenes.Scene] | None:
+        """The clipart scenes of some samples; None where not all of them are scenes."""
+        if not keys or None in keys or not hasattr(self.data[0], "facts"):
+            return None
+        try:
+            return [scene_from(self.data[0].facts(key)) for key in keys]
+        except ValueError:
+            return None
+
+    def stamp(self) -> dict:
+        """What tells the model: names, sizes and dates of its files."""
+        model = self.summary["config"]["model"]
+        directories = [self.directory / PIPELINE, self.directory / LORA]
+        if directories[1].is_dir():
+            directories.append(model_dir(model["path"]))  # a hub id is no directory, and is told by its revision
+        files = sorted(path for directory in directories for path in directory.rglob("*") if path.is_file())
+        sizes = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files]
+        return {"model": {name: model.get(name) for name in ("path", "variant", "revision")}, "files": sizes}
+
+
+def scene_from(facts: dict) -> scenes.Scene:
+    """The scene that a sample's metadata describes; ValueError where it describes none."""
+    names = [field.name for field in dataclasses.fields(scenes.Scene)]
+    if missing := [name for name in names if name not in facts]:
+        raise ValueError(f"sample {facts.get('key')!r} is not a clipart scene: its .json lacks {', '.join(missing)}")
+    return scenes.Scene(**{name: facts[name] for name in names} | {"colours": tuple(facts["colours"])})
