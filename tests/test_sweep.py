@@ -165,8 +165,8 @@ def test_wandb_agent_and_this_make_the_same_weights_and_the_table_says_what_came
 
 
 def test_sweep_that_was_killed_goes_on_and_a_run_that_fails_fails_it(sweep, tmp_path):
-    # all is dropped at 0, which is an error after three steps; the other run is killed in its midst
-    parameters = {"filter.max_empty_steps": {"value": 3}, "filter.tau": {"values": [0.0, 3.0]}}
+    # all is dropped at 0.001, which is an error after three steps; the other run is killed in its midst
+    parameters = {"filter.max_empty_steps": {"value": 3}, "filter.tau": {"values": [0.001, 3.0]}}
     command = [sys.executable, "-m", "memfilter.cli", "sweep", sweep("runs", 160, **parameters), "--out", tmp_path / "out", EVALUATE]
     process = subprocess.Popen(command, cwd=ROOT, env=ENVIRONMENT, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 240
@@ -184,7 +184,7 @@ def test_sweep_that_was_killed_goes_on_and_a_run_that_fails_fails_it(sweep, tmp_
     assert done.returncode == 1
     (line,) = (line for line in done.stderr.splitlines() if line.startswith("error: "))
     log = Path(line.rpartition("see ")[2])
-    assert log.parent == tmp_path / "out" / "logs" and "filter.tau=0.0 is below the norm of everything" in log.read_text()
+    assert log.parent == tmp_path / "out" / "logs" and "filter.tau=0.001 is below the norm of everything" in log.read_text()
     assert "goes on from" in (log.parent / f"{run.name}.log").read_text()
     (row,) = csv.DictReader((tmp_path / "out" / "results.csv").open(newline=""))
     assert (row["method"], row["setting"], row["time_ratio"]) == ("tau", "3", "")
