@@ -1,6 +1,7 @@
 """Sweeps: what their files ask for, and two real runs made both ways."""
 
 import csv
+import json
 import os
 import signal
 import subprocess
@@ -12,6 +13,7 @@ from pathlib import Path
 import psutil
 import pyarrow.parquet as pq
 import pytest
+import tiny
 import yaml
 from safetensors.torch import load_file
 from wandb.sdk.launch.sweeps.utils import create_sweep_command, create_sweep_command_args
@@ -121,13 +123,19 @@ def test_run_is_called_by_what_it_does_against_memorization(settings, expected):
 # real runs
 
 
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    return tiny.save_pipeline(tmp_path_factory.mktemp("base") / "sd1", "sd1")
+
+
 @pytest.fixture
-def sweep(tmp_path, scenes_dir):
-    """Factory: a sweep of two tiny runs of the embedded model, which go to a directory."""
+def sweep(tmp_path, scenes_dir, base):
+    """Factory: a sweep of two tiny runs, which go to a directory."""
 
     def make(name: str, samples: int = 16, **parameters) -> Path:
         command = [
             *LAUNCH, "${program}", f"--run_dir={tmp_path / name}/{{digest}}", f"--data.path={scenes_dir}",
+            f"--model.path={base}",
             f"--train.samples={samples}", "--train.batch_size=8", "--log.every=8", "--log.gallery=0",
             "--checkpoint.resume=true", "--checkpoint.every=8", "${args}",
         ]  # fmt: skip
@@ -151,7 +159,10 @@ def test_wandb_agent_and_this_make_the_same_weights_and_the_table_says_what_came
     assert [(row["method"], row["setting"], row["seed"]) for row in rows] == [("none", "", "0"), ("tau", "3", "0")]
     assert rows[0]["time_ratio"] == "1.0" and float(rows[1]["time_ratio"]) > 0
     assert float(rows[0]["passes"]) == 0 and float(rows[1]["passes"]) == 1
-    assert all(0 <= float(row["agreement_distinct"]) <= 1 for row in rows)
+    for row in rows:
+        evaluation = json.loads(Path(row["run"], "evaluation.json").read_text())
+        assert float(row["copy_similarity"]) == pytest.approx(evaluation["duplicates"]["copy_similarity"], rel=1e-5)
+        assert row["agreement_distinct"] == ""  # the scorer reads no pictures of 16 px
     for tau in (3.0, None):
         words = create_sweep_command_args({"args": {"filter.tau": {"value": tau}}})["args"]
         place = {"${program}": [agent["program"]], "${args}": words}
