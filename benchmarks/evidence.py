@@ -35,7 +35,7 @@ import pyarrow.parquet as pq
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "docs" / "results"
-REPORTED_SEEDS = (201, 202, 203, 204, 205)  # no setting was chosen by looking at them
+REPORTED_SEEDS = (211, 212, 213, 214, 215)  # no setting was chosen by looking at them
 SCENARIOS = {  # arguments of `memfilter prepare scenes`, samples seen
     "a": (("--repeats=200", "--distinct=2000"), 6000),
     "b": (("--repeats=200", "--distinct=150", "--distinct_repeats=20"), 7000),
