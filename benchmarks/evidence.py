@@ -7,8 +7,8 @@ Three scenarios, each with 20 duplicates shown 200 times: (a) among 2,000 sample
 content (`memfilter prepare groups`). And one without duplicates: (d) 1,000 samples five times, 20 of which are called
 duplicates in the table and are none. Every run has scenes, duplicates and a training seed of its own, in a process of one
 thread, and sees the same number of samples. Each adds its row to docs/results/evidence.csv when it is finished; rows of the
-same recipe are found there when the command is repeated, so that it goes on where it was stopped. With all rows of a seed
-there, tables, figure and pictures are drawn: docs/results/evidence.{md,png}, evidence_pictures.png.
+same recipe are found there when the command is repeated, so that it goes on where it was stopped.
+benchmarks/evidence_tables.py makes tables, figures and pictures of them.
 
 Columns of the CSV: memorization_rate of duplicate prompts; distinct_dropped, share of the appearances of distinct samples
 that were not trained on; passes, null passes for each sample of the stream; time_ratio, CPU seconds of training to those of

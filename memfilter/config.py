@@ -290,10 +290,6 @@ class Config:
     log: LogConfig = field(default_factory=LogConfig)
 
 
-# what has no bearing on the weights
-_IDLE = {"run_dir": None, "log": None, "checkpoint": None, "data": ("cache", "cache_gb", "workers")}
-
-
 def filled_in(config: Config) -> Config:
     """A copy, with "{seed}" and "{digest}" in its paths replaced by what they stand for."""
     config = copy.deepcopy(config)
@@ -307,11 +303,9 @@ def filled_in(config: Config) -> Config:
 def digest(config: Config) -> str:
     """Sixteen hexadecimal digits that name all settings that the weights depend on."""
     settings = asdict(config)
-    for section, names in _IDLE.items():
-        for name in names or ():
-            del settings[section][name]
-        if names is None:
-            del settings[section]
+    for section in ("run_dir", "log", "checkpoint"):
+        del settings[section]
+    del settings["data"]["cache_gb"]  # workers stay: who reads ahead passes other samples over; so may a cache in halves
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
 
 

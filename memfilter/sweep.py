@@ -16,7 +16,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 
@@ -27,7 +27,7 @@ from memfilter.arguments import parse
 from memfilter.config import Config, ConfigError, FilterConfig, MitigationConfig, digest
 from memfilter.eval.results import read_figures, write_results
 
-_KNOWN = {"program", "command", "method", "parameters", "name", "description", "project", "entity", "metric", "run_cap"}
+_KNOWN = {"program", "command", "method", "parameters", "name", "description", "project", "entity", "metric"}
 
 
 @dataclass(frozen=True)
@@ -239,7 +239,8 @@ class _Children:
         with self._lock:
             self._stopped = True
             for child in self._running:
-                os.killpg(child.pid, signal.SIGTERM)
+                with suppress(ProcessLookupError):  # it has just ended
+                    os.killpg(child.pid, signal.SIGTERM)
 
 
 @contextmanager

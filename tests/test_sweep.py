@@ -53,9 +53,10 @@ def test_name_of_a_run_depends_on_what_the_weights_depend_on():
     def name(*settings):
         return digest(parse(["--filter.tau=3", *settings]))
 
-    assert name() == name("--run_dir=elsewhere", "--log.every=8", "--checkpoint.every=8", "--data.workers=2")
-    others = [name(s) for s in ("--filter.tau=4", "--train.seed=1", "--data.path=other", "--mitigation.random_tokens=1")]
-    assert len({name(), *others}) == 5
+    assert name() == name("--run_dir=elsewhere", "--log.every=8", "--checkpoint.every=8", "--data.cache_gb=2")
+    others = ("--filter.tau=4", "--train.seed=1", "--data.path=other", "--mitigation.random_tokens=1", "--data.workers=2",
+              "--data.cache=half")  # fmt: skip
+    assert len({name(), *map(name, others)}) == 7
 
 
 def test_seed_stands_in_paths():
@@ -68,6 +69,7 @@ def test_seed_stands_in_paths():
     [
         ({"method": "bayes"}, "method=bayes needs W&B's server; here only grid works"),
         ({"early_terminate": {"type": "hyperband"}}, "early_terminate has no meaning here"),
+        ({"run_cap": 3}, "run_cap has no meaning here"),
         ({"parameters": {"filter.tau": {"min": 1, "max": 5}}}, "parameter filter.tau needs value or values, and nothing else"),
         ({"parameters": {"filter.tau": {"values": []}}}, "parameter filter.tau: values must be a list"),
         ({"parameters": {"filter.tua": {"values": [3]}}}, "filter.tua is no setting: did you mean filter.tau?"),

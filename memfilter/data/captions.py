@@ -28,9 +28,9 @@ def caption_change(config: MitigationConfig, tokenizer) -> Callable[[str, int, i
 def _changed(
     config: MitigationConfig, word_at: Callable[[float], str], caption: str, seed: int, position: int
 ) -> str:
-    if not caption:  # there is nothing to change in the empty prompt
-        return caption
     words, draw = caption.split(), word_draws(seed, position)
+    if not words:  # the empty prompt, or a blank one: there is nothing to change
+        return caption
     if draw.random() < config.random_caption:
         words = [word_at(draw.random()) for _ in words]
     for _ in range(config.repeated_words):

@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 
 from memfilter.files import atomic
 
-RESULTS = "results"
+RESULTS = "results.csv"
 COLUMNS = (
     "method", "setting", "seed", "memorization_rate", "copy_similarity", "agreement_duplicates", "agreement_distinct",
     "seed_agreement", "distinct_dropped", "passes", "time_ratio", "cpu_seconds", "run",
@@ -50,14 +50,14 @@ def write_results(rows: list[dict], out: Path) -> None:
     more = dict.fromkeys(name for row in rows for name in row if name not in COLUMNS)
     names = [*COLUMNS, *more]
     rounded = [{name: _rounded(row.get(name)) for name in names} for row in rows]
-    with atomic(out / f"{RESULTS}.csv") as partial, partial.open("w", newline="", encoding="utf-8") as file:
+    with atomic(out / RESULTS) as partial, partial.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, names)
         writer.writeheader()
         writer.writerows(rounded)
     texts = [name for name in more if len({type(row.get(name)) for row in rows}) > 1]  # Parquet has one type a column
     for row in rounded:
         row.update({name: str(row[name]) for name in texts})
-    with atomic(out / f"{RESULTS}.parquet") as partial:
+    with atomic((out / RESULTS).with_suffix(".parquet")) as partial:
         pq.write_table(pa.Table.from_pylist(rounded), partial)
 
 

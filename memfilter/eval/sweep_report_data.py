@@ -16,8 +16,8 @@ import pyarrow.parquet as pq
 from memfilter.eval.charts import BIN, GROUPS
 from memfilter.eval.report import FIGURES as OF_A_RUN
 from memfilter.eval.report import ReportError
+from memfilter.eval.results import RESULTS
 
-RESULTS = "results.csv"
 NONE, ORACLE = "none", "oracle"  # what every other method lies between
 
 

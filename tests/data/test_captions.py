@@ -69,7 +69,8 @@ def test_share_of_the_captions_is_random_tokens_as_many_as_it_has_words(tokenize
     assert {len(caption.split(" ")) for caption in shown} == {len(WORDS)}
 
 
-def test_nothing_asked_is_nothing_done_and_the_empty_prompt_stays_empty(tokenizer):
+@pytest.mark.parametrize("caption", ["", "  \n"])
+def test_nothing_asked_is_nothing_done_and_a_caption_without_words_stays(tokenizer, caption):
     assert caption_change(MitigationConfig(embedding_noise=0.1, deduplicate=True), tokenizer) is None
     config = MitigationConfig(random_tokens=2, repeated_words=2, random_caption=1.0)
-    assert caption_change(config, tokenizer)("", 0, 0) == ""
+    assert caption_change(config, tokenizer)(caption, 0, 0) == caption
