@@ -1,6 +1,6 @@
 """What evidence buys over one threshold, on clipart scenes: memorization, agreement, samples lost, passes and time.
 
-    python benchmarks/evidence.py --work_dir runs/evidence
+    python benchmarks/evidence.py
 
 Three scenarios, each with 20 duplicates shown 200 times: (a) among 2,000 samples shown once; (b) among 150 shown 20 times;
 (c) as (a), each duplicate under 10 keys with slightly different captions and crops, which filters that go by key share by
@@ -8,6 +8,7 @@ content (`memfilter prepare groups`). And one without duplicates: (d) 1,000 samp
 duplicates in the table and are none. Every run has scenes, duplicates and a training seed of its own, in a process of one
 thread, and sees the same number of samples. Each adds its row to docs/results/evidence.csv when it is finished; rows of the
 same recipe are found there when the command is repeated, so that it goes on where it was stopped.
+Runs are named by their settings, and those of (a) are found by the study (configs/sweeps/study.yaml), as its are here.
 benchmarks/evidence_tables.py makes tables, figures and pictures of them.
 
 Columns of the CSV: memorization_rate of duplicate prompts; distinct_dropped, share of the appearances of distinct samples
@@ -27,15 +28,17 @@ import shutil
 import subprocess
 import sys
 import threading
-import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pyarrow.parquet as pq
 
+from memfilter.arguments import parse
+from memfilter.eval.results import read_figures
+
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "docs" / "results"
-REPORTED_SEEDS = (211, 212, 213, 214, 215)  # no setting was chosen by looking at them
+REPORTED_SEEDS = (301, 302, 303, 304, 305)  # no setting was chosen by looking at them
 SCENARIOS = {  # arguments of `memfilter prepare scenes`, samples seen
     "a": (("--repeats=200", "--distinct=2000"), 6000),
     "b": (("--repeats=200", "--distinct=150", "--distinct_repeats=20"), 7000),
@@ -61,9 +64,9 @@ BY_KEY = ("evidence", "sightings")
 EVALUATE = {"distinct": 40, "seeds": 4, "steps": 10, "guidance_scale": 4.0}
 COLUMNS = ["scenario", "method", "setting", "seed", "memorization_rate", "distinct_dropped", "agreement_duplicates",
            "agreement_distinct", "passes", "time_ratio", "copy_similarity", "seed_agreement", "memorization_rate_distinct",
-           "duplicates_dropped", "seconds", "recipe"]  # fmt: skip
-TRAINED = "cpu_seconds"  # file of a run that is trained
-TEXT = ("scenario", "method", "setting", "recipe")
+           "duplicates_dropped", "seconds", "recipe", "run"]  # fmt: skip
+RECIPE = "recipe"  # file of a run: what made it
+TEXT = ("scenario", "method", "setting", "recipe", "run")
 
 
 def recipe(scenario: str, method: tuple[str, str]) -> str:
@@ -91,57 +94,51 @@ def _code(path: Path) -> bytes:
 
 
 def place(work: Path, scenario: str, seed: int) -> Path:
-    """Directory of the scenes of a scenario and seed; its runs stand beside it."""
-    made = hashlib.sha256(repr(SCENARIOS[scenario]).encode()).hexdigest()[:6]
-    return work / f"{scenario}{seed}-{made}" / "scenes"
+    """Directory of the scenes of a scenario and seed, with their cache."""
+    return work / f"{scenario}-{seed}"
 
 
 def prepare(work: Path, scenario: str, seed: int) -> None:
     """Scenes of a scenario and seed, with groups of near duplicates, and their encodings."""
-    scenes, arguments = place(work, scenario, seed), SCENARIOS[scenario][0]
-    if not scenes.exists():
+    scenes, arguments = place(work, scenario, seed) / "scenes", SCENARIOS[scenario][0]
+    if not (ROOT / scenes).exists():
         _call(scenes, "-m", "memfilter.cli", "prepare", "scenes", str(scenes), f"--seed={seed}", "--duplicates=20", *arguments)
-    if "group" not in pq.read_schema(scenes / "index.parquet").names:
+    if "group" not in pq.read_schema(ROOT / scenes / "index.parquet").names:
         _call(scenes, "-m", "memfilter.cli", "prepare", "groups", str(scenes), "--processes=1")
     cache = scenes.with_name("cache")
     _call(scenes, "-m", "memfilter.cli", "cache", f"--data.path={scenes}", f"--data.cache={cache}")
 
 
+def settings_of(work: Path, scenario: str, seed: int, method: tuple[str, str]) -> list[str]:
+    """Words for the training script."""
+    scenes = place(work, scenario, seed) / "scenes"
+    shared = ["--filter.key=content"] if scenario == "c" and method[0] in BY_KEY else []
+    return ["--config=configs/evidence.yaml", f"--run_dir={work / 'runs'}/{{digest}}", f"--data.path={scenes}",
+            f"--data.cache={scenes.with_name('cache')}", f"--train.seed={seed}",
+            f"--train.samples={SCENARIOS[scenario][1]}", "--log.gallery=0", *METHODS[method], *shared]  # fmt: skip
+
+
 def run(work: Path, scenario: str, seed: int, method: tuple[str, str]) -> dict:
     """Trains and evaluates one setting; its row of the table, without the ratio of times."""
-    scenes = place(work, scenario, seed)
-    name = "-".join(part.replace(" ", "_").replace("=", "") for part in method if part)
-    out = scenes.with_name(f"{name}-{recipe(scenario, method)}")
+    settings = settings_of(work, scenario, seed, method)
+    out, made_by = ROOT / parse(settings).run_dir, recipe(scenario, method)
+    if (out / RECIPE).exists() and (out / RECIPE).read_text() != made_by:
+        shutil.rmtree(out)  # by other code or weights
     if not (out / "evaluation.json").exists():
-        if not (out / TRAINED).exists():
+        if not (out / "summary.json").exists():
             shutil.rmtree(out, ignore_errors=True)
-        shared = ["--filter.key=content"] if scenario == "c" and method[0] in BY_KEY else []
-        settings = ["--config", "configs/evidence.yaml", f"--run_dir={out}", f"--data.path={scenes}", f"--train.seed={seed}",
-                    f"--data.cache={scenes.with_name('cache')}", f"--train.samples={SCENARIOS[scenario][1]}",
-                    "--log.gallery=0", *METHODS[method], *shared]  # fmt: skip
         _call(out, __file__, "--job", json.dumps({"settings": settings, "near_copies": 10 if scenario == "c" else 1}))
-        shutil.rmtree(out / "pipeline")
-    summary, evaluation = (json.loads((out / f"{file}.json").read_text()) for file in ("summary", "evaluation"))
-    duplicates, distinct = evaluation["duplicates"], evaluation["distinct"]
-    row = {
-        "scenario": scenario,
-        "method": method[0],
-        "setting": method[1],
-        "seed": seed,
-        "memorization_rate": duplicates["memorization_rate"],
-        "distinct_dropped": summary.get("filter/drop_rate_distinct", 0.0),
-        "agreement_duplicates": duplicates["agreement"],
-        "agreement_distinct": distinct["agreement"],
-        "passes": summary.get("filter/pass_share", 0.0),
-        "copy_similarity": duplicates["copy_similarity"],
-        "seed_agreement": duplicates["seed_agreement"],
-        "memorization_rate_distinct": distinct["memorization_rate"],
-        "duplicates_dropped": summary.get("filter/drop_rate_duplicates", 0.0),
-    }
+    (out / RECIPE).write_text(made_by)
+    figures = read_figures(out)
+    evaluation, summary = (json.loads((out / f"{file}.json").read_text()) for file in ("evaluation", "summary"))
+    row = {"scenario": scenario, "method": method[0], "setting": method[1], "seed": seed}
+    row |= {name: figures[name] for name in COLUMNS if name in figures}
+    row["memorization_rate_distinct"] = evaluation["distinct"]["memorization_rate"]
+    row["duplicates_dropped"] = summary.get("filter/drop_rate_duplicates", 0.0)
     row = {name: round(value, 4) if isinstance(value, float) else value for name, value in row.items()}
     print(f"done: {scenario} {seed} {' '.join(method)}: memorized {row['memorization_rate']}, "
           f"distinct dropped {row['distinct_dropped']}, agreement {row['agreement_distinct']}", flush=True)  # fmt: skip
-    return row | {"seconds": float((out / TRAINED).read_text()), "recipe": recipe(scenario, method)}
+    return row | {"seconds": round(figures["cpu_seconds"], 1), "recipe": made_by, "run": out.name}
 
 
 def job(settings: list[str], near_copies: int) -> None:
@@ -149,18 +146,13 @@ def job(settings: list[str], near_copies: int) -> None:
     import torch
 
     torch.set_num_threads(1)
-    from memfilter.arguments import parse
     from memfilter.eval.evaluate import evaluate_run
     from memfilter.train.loop import Trainer
 
     config = parse(settings)
-    run_dir = Path(config.run_dir)
-    if not (run_dir / TRAINED).exists():
-        trainer = Trainer(config)
-        began = time.process_time()
-        trainer.run(progress=False)
-        (run_dir / TRAINED).write_text(f"{time.process_time() - began:.1f}")
-    evaluate_run(run_dir, near_copies=near_copies, progress=False, **EVALUATE)
+    if not (Path(config.run_dir) / "summary.json").exists():
+        Trainer(config).run(progress=False)
+    evaluate_run(Path(config.run_dir), near_copies=near_copies, progress=False, **EVALUATE)
 
 
 def read_rows(path: Path) -> list[dict]:
@@ -191,6 +183,7 @@ def write_rows(path: Path, rows: list[dict]) -> None:
 
 
 def _call(out: Path, *arguments: str) -> None:
+    out = ROOT / out
     out.parent.mkdir(parents=True, exist_ok=True)
     log = out.with_suffix(".log")
     with log.open("a") as file:
@@ -202,7 +195,7 @@ def _call(out: Path, *arguments: str) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--work_dir", type=Path, default=Path("runs/evidence"))
+    parser.add_argument("--work_dir", type=Path, default=Path("runs/clipart"), help="in the repository")
     parser.add_argument("--out", type=Path, default=RESULTS, help="directory of the tables")
     parser.add_argument("--seeds", type=int, nargs="+", default=REPORTED_SEEDS)
     parser.add_argument("--scenarios", nargs="+", default=list(SCENARIOS), choices=list(SCENARIOS))
@@ -213,7 +206,7 @@ def main() -> None:
     if args.job:
         job(**json.loads(args.job))
         return
-    work, table_path = args.work_dir.resolve(), args.out / "evidence.csv"
+    work, table_path = args.work_dir, args.out / "evidence.csv"
     args.out.mkdir(parents=True, exist_ok=True)
     rows, lock = read_rows(table_path), threading.Lock()
     known = {(row["scenario"], row["method"], row["setting"], int(row["seed"])) for row in rows}

@@ -1,6 +1,6 @@
 """Tables, figure and pictures of benchmarks/evidence.py, from docs/results/evidence.csv.
 
-    python benchmarks/evidence_tables.py --work_dir runs/evidence
+    python benchmarks/evidence_tables.py
 
 Means and 95% intervals (Student's t over seeds) of every setting; the paired comparisons that are claimed of evidence; a figure
 of what is memorized against what is lost; pictures of one seed, where its runs are still in the work directory.
@@ -162,16 +162,17 @@ def draw_costs(table: Table, out: Path) -> None:
     _save(figure, out)
 
 
-def draw_pictures(work: Path, out: Path, scenario: str, seed: int, prompts: int = 8) -> bool:
+def draw_pictures(table: Table, work: Path, out: Path, scenario: str, seed: int, prompts: int = 8) -> bool:
     """Training pictures of duplicates, and what each run makes of their prompts; False where runs are not there."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    wanted = {"no filter": "none-*", "tau 5": "tau-5-*", "evidence": "evidence-with_savings-*", "oracle": "oracle-*"}
-    found = {name: sorted(work.glob(f"{scenario}{seed}-*/{pattern}/evaluation.npz")) for name, pattern in wanted.items()}
-    found = {name: paths[-1] for name, paths in found.items() if paths}
+    wanted = {"no filter": NONE, "tau 5": ("tau", "5"), "evidence": EVIDENCE, "oracle": ORACLE}
+    rows = {name: table.rows.get((scenario, *setting, seed)) for name, setting in wanted.items()}
+    found = {name: work / "runs" / row["run"] / "evaluation.npz" for name, row in rows.items() if row}
+    found = {name: path for name, path in found.items() if path.exists()}
     if len(found) < 2:
         return False
     pictures = {name: np.load(path) for name, path in found.items()}
@@ -209,14 +210,14 @@ def write(results: Path, work: Path) -> str:
     draw(table, results / "evidence.png")
     draw_costs(table, results / "evidence_costs.png")
     for scenario, _, _, seed in sorted(table.rows):
-        if draw_pictures(work, results / "evidence_pictures.png", scenario, seed):
+        if draw_pictures(table, work, results / "evidence_pictures.png", scenario, seed):
             break
     return text
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--work_dir", type=Path, default=Path("runs/evidence"))
+    parser.add_argument("--work_dir", type=Path, default=Path("runs/clipart"), help="of benchmarks/evidence.py")
     parser.add_argument("--out", type=Path, default=ROOT / "docs" / "results", help="directory of the tables")
     args = parser.parse_args()
     print(write(args.out, args.work_dir))

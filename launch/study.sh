@@ -6,9 +6,10 @@ source launch/environment.sh
 export OMP_NUM_THREADS=1 # one core for each run
 
 for seed in 301 302 303; do
-    scenes="runs/study/scenes-$seed"
-    [ -d "$scenes" ] || memfilter prepare scenes "$scenes" --seed="$seed" --duplicates=20 --repeats=200 --distinct=2000
-    memfilter prepare groups "$scenes"
+    of_seed="runs/clipart/a-$seed" # benchmarks/evidence.py has them there too
+    [ -d "$of_seed/scenes" ] || memfilter prepare scenes "$of_seed/scenes" --seed="$seed" --duplicates=20 --repeats=200 --distinct=2000
+    memfilter prepare groups "$of_seed/scenes"
+    memfilter cache --data.path="$of_seed/scenes" --data.cache="$of_seed/cache"
 done
 memfilter sweep configs/sweeps/study.yaml --out=runs/study --processes="$(nproc)" --evaluate="--distinct=40 --seeds=4 --steps=10"
 memfilter report runs/study

@@ -1,12 +1,17 @@
 """Real launches of the training script: one process, several under torchrun (gloo), with and without DeepSpeed."""
 
+import atexit
 import json
+import multiprocessing
 import os
+import runpy
 import socket
 import subprocess
 import sys
+import tempfile
 import time
-from contextlib import suppress
+from contextlib import contextmanager, suppress
+from multiprocessing import connection
 from pathlib import Path
 
 import psutil
@@ -27,16 +32,10 @@ def start(settings, processes: int | None = 1, zero: str | Path | None = None, s
     if processes is not None:
         torchrun = ["-m", "torch.distributed.run", f"--nproc_per_node={processes}", f"--master_port={free_port()}"]
         command[1:1] = torchrun
-    variables = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    if zero is None:
-        variables["ACCELERATE_USE_CPU"] = "true"
-    else:
-        file = zero if isinstance(zero, Path) else ROOT / "configs" / "deepspeed" / f"{zero}.json"
-        variables |= {"DS_ACCELERATOR": "cpu", "ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_CONFIG_FILE": str(file)}
     return subprocess.Popen(
         command,
         cwd=ROOT,
-        env=os.environ | variables | environment,
+        env=os.environ | _variables(zero) | environment,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -44,16 +43,89 @@ def start(settings, processes: int | None = 1, zero: str | Path | None = None, s
     )
 
 
-def run(settings, *arguments, seconds: float = 300, code: int | None = 0, **named) -> str:
-    """Starts the script, waits for its exit code (None: any), and returns what it printed."""
-    process = start(settings, *arguments, **named)
-    try:
-        output, _ = process.communicate(timeout=seconds)
-    except subprocess.TimeoutExpired:
-        kill(process)
-        raise AssertionError(f"still running after {seconds} s:\n{process.communicate()[0]}") from None
-    assert code is None or process.returncode == code, output
+def _variables(zero: str | Path | None) -> dict[str, str]:
+    variables = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    if zero is None:
+        return variables | {"ACCELERATE_USE_CPU": "true"}
+    file = zero if isinstance(zero, Path) else ROOT / "configs" / "deepspeed" / f"{zero}.json"
+    more = {"DS_ACCELERATOR": "cpu", "ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_CONFIG_FILE": str(file)}
+    return variables | more
+
+
+def run(
+    settings, processes: int | None = 1, zero: str | Path | None = None, script="train_filtered.py",
+    seconds: float = 300, code: int | None = 0, **environment,
+) -> str:  # fmt: skip
+    """Runs the script to its end, expects an exit code (None: any), and returns what it printed.
+
+    Its processes have the environment that torchrun would give them and are ended when one of them fails, but they are
+    forked from one that has imported the libraries: half of a short run is imports.
+    """
+    variables = _variables(zero) | environment
+    ranks = [{}] if processes is None else [
+        {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes)}
+        for rank in range(processes)
+    ]  # fmt: skip
+    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())} if processes else {}
+    with tempfile.NamedTemporaryFile("r", suffix=".log") as log:
+        forked = [
+            _forks.Process(target=_rank, args=(str(script), list(map(str, settings)), variables | place | rank, log.name))
+            for rank in ranks
+        ]
+        with _environment(OMP_NUM_THREADS="1", DS_ACCELERATOR="cpu"):  # of the process that they are forked from
+            for process in forked:
+                process.start()
+        end, late = time.monotonic() + seconds, False
+        while any(process.is_alive() for process in forked):
+            connection.wait([process.sentinel for process in forked if process.is_alive()], 1)
+            late = time.monotonic() > end
+            if late or any(process.exitcode for process in forked):
+                for process in forked:
+                    process.kill() if late else process.terminate()
+        output = log.read()
+    assert not late, f"still running after {seconds} s:\n{output}"
+    failed = next((process.exitcode for process in forked if process.exitcode), 0)
+    assert code is None or failed == code, output
     return output
+
+
+_forks = multiprocessing.get_context("forkserver")
+_forks.set_forkserver_preload(["memfilter.cli", "memfilter.train.loop", "transformers", "diffusers", "launching"])
+
+
+def _rank(script: str, settings: list[str], variables: dict[str, str], log: str) -> None:
+    """The life of a forked process."""
+    import torch
+
+    os.setsid()
+    os.chdir(ROOT)
+    file = os.open(log, os.O_WRONLY | os.O_APPEND)
+    os.dup2(file, 1)
+    os.dup2(file, 2)
+    os.environ.update(variables)
+    torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+    sys.path.insert(0, str(ROOT))
+    try:
+        if script == "-m":
+            script, *settings = settings
+            sys.argv = [script, *settings]
+            runpy.run_module(script, run_name="__main__", alter_sys=True)
+        else:
+            sys.argv = [script, *settings]
+            runpy.run_path(script, run_name="__main__")
+    finally:
+        atexit._run_exitfuncs()  # a forked process leaves without them
+
+
+@contextmanager
+def _environment(**variables: str):
+    before = dict(os.environ)
+    os.environ.update(variables)
+    try:
+        yield
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
 
 
 def kill(process: subprocess.Popen) -> None:

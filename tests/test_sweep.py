@@ -1,6 +1,7 @@
 """Sweeps: what their files ask for, and two real runs made both ways."""
 
 import csv
+import importlib.util
 import json
 import os
 import signal
@@ -47,6 +48,21 @@ def test_points_are_the_grid_and_words_are_those_of_wandb(tmp_path):
     assert points[1].command == [*begin, "--train.seed=1", "--filter.tau=None"]
     assert len({p.config.run_dir for p in points}) == 4
     assert all(p.config.run_dir == f"runs/{digest(p.config)}" for p in points)
+
+
+def test_the_study_finds_what_the_benchmark_has_made():
+    spec = importlib.util.spec_from_file_location("evidence", ROOT / "benchmarks" / "evidence.py")
+    spec.loader.exec_module(benchmark := importlib.util.module_from_spec(spec))
+    wanted = {(*describe(point.config), point.config.train.seed): point.config for point in read_sweep(
+        ROOT / "configs" / "sweeps" / "study.yaml")}  # fmt: skip
+    seeds = {seed for _, _, seed in wanted}
+    assert seeds <= {*benchmark.REPORTED_SEEDS}
+    made = {parse(benchmark.settings_of(Path("runs/clipart"), "a", seed, method)).run_dir
+            for seed in seeds for method in benchmark.METHODS}  # fmt: skip
+    shared = {name for name, config in wanted.items() if config.run_dir in made}
+    names = [("none", ""), ("oracle", ""), ("evidence", "0.02"), ("sightings", "30"), ("timestep", "0.02")]
+    names += [("tau", f"{tau}") for tau in (3, 4, 5, 6, 7)]
+    assert shared == {(*name, seed) for name in names for seed in seeds}
 
 
 def test_name_of_a_run_depends_on_what_the_weights_depend_on():
