@@ -129,8 +129,8 @@ def evaluate(
         steps: of the sampler.
         guidance_scale: of classifier-free guidance.
         near_copies: as the scenes were prepared with; a copy of any of them counts.
-        prompts: file of prompts instead of the run's own; .jsonl with "prompt" and perhaps "key" (of a training
-            sample), or one a line.
+        prompts: file of prompts instead of the run's own; .jsonl, .csv or .parquet with "prompt" and perhaps "key" (of a
+            training sample), or one a line.
         measure: of copy similarity; pixels (correlation), a preset of SSCD (wen, dcr, official or official-288), or
             sscd-onnx.
         sscd: TorchScript file of SSCD, for a preset. It is a program: use none that you do not trust.

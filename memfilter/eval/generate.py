@@ -55,13 +55,23 @@ def generate_batch(
     if getattr(pipeline, "safety_checker", None) is not None:
         pipeline = copy.copy(pipeline)
         pipeline.register_modules(safety_checker=None)  # it would blacken what is to be looked at and measured
-    out = pipeline(
-        [job.prompt for job in batch],
-        generator=[torch.Generator().manual_seed(job.seed * 1_000_003 + job.number) for job in batch],
-        num_inference_steps=steps,
-        guidance_scale=guidance_scale,
-        height=size,
-        width=size,
-        output_type="np",
-    )
+    out = pipeline(**arguments_of(batch, steps, guidance_scale, size))
     return np.round(out.images * 255).astype(np.uint8)
+
+
+def arguments_of(batch: Sequence[Job], steps: int, guidance_scale: float, size: int | None) -> dict:
+    """What a pipeline is called with."""
+    return {
+        "prompt": [job.prompt for job in batch],
+        "generator": [generator_of(job) for job in batch],
+        "num_inference_steps": steps,
+        "guidance_scale": guidance_scale,
+        "height": size,
+        "width": size,
+        "output_type": "np",
+    }
+
+
+def generator_of(job: Job) -> torch.Generator:
+    """Of its noise."""
+    return torch.Generator().manual_seed(job.seed * 1_000_003 + job.number)

@@ -15,7 +15,8 @@ from PIL import Image, ImageOps
 from memfilter.config import Config, DataConfig
 from memfilter.data import scenes
 from memfilter.data.experiment import Experiment
-from memfilter.data.shards import MAX_CAPTION, ShardError, printable
+from memfilter.data.prompts import read_prompts
+from memfilter.data.shards import ShardError, printable
 from memfilter.pipelines import LORA, PIPELINE, model_dir
 
 DUPLICATES, DISTINCT, UNKNOWN = "duplicates", "distinct", "unknown"
@@ -102,37 +103,18 @@ class FinishedRun:
         return Prompt(self.data[0].caption(key), key, None if duplicate is None else bool(duplicate[row]), copies)
 
     def read_prompts(self, path: Path) -> list[Prompt]:
-        """From a file: .jsonl, objects with ``prompt`` and, for that of a training sample, ``key``; else one a line.
+        """From a file, as `memfilter.data.prompts.read_prompts` has it; ``key`` names the training sample of a prompt.
 
         Raises:
             ValueError: it cannot be read, holds none, or names a key that the run does not have.
         """
-        try:
-            lines = Path(path).read_text(encoding="utf-8").split("\n")
-        except (OSError, UnicodeDecodeError) as error:
-            raise ValueError(f"prompts: {path} cannot be read ({getattr(error, 'strerror', None) or error})") from error
-        found = [(number, line.strip()) for number, line in enumerate(lines, 1) if line.strip()]
-        if Path(path).suffix == ".jsonl":
-            prompts = [self._from_json(line, f"prompts: {path}, line {number}") for number, line in found]
-        else:
-            prompts = [Prompt(line) for _, line in found]
-        if not prompts:
-            raise ValueError(f"prompts: {path} holds none")
-        if too_long := [p.text for p in prompts if len(p.text) > MAX_CAPTION]:
-            raise ValueError(f"prompts: {path} has one of {len(too_long[0]):,} characters, more than {MAX_CAPTION:,}")
-        return prompts
+        return [self._named(row, where) for where, row in read_prompts(path)]
 
-    def _from_json(self, line: str, where: str) -> Prompt:
-        try:
-            facts = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise ValueError(f"{where}: {error}") from error
-        prompt, key = (facts.get("prompt"), facts.get("key")) if isinstance(facts, dict) else (None, None)
-        if not isinstance(prompt, str) or not isinstance(key, str | None):
-            raise ValueError(f'{where}: expected {{"prompt": "...", "key": "..."}}, of which key may be left out')
+    def _named(self, row: dict, where: str) -> Prompt:
+        prompt, key = row["prompt"], row.get("key") or None
         if key is None:
             return Prompt(prompt)
-        if key not in self._rows:
+        if not isinstance(key, str) or key not in self._rows:
             raise ValueError(f"{where}: the run has no sample '{printable(key)[:100]}'")
         return dataclasses.replace(self._prompt(self._rows[key]), text=prompt)
 

@@ -174,7 +174,7 @@ def test_plain_prompts_need_no_data(scenes_copy, tmp_path, capsys):
         ("a.txt", b"\n \n", "holds none"),
         ("a.txt", b"\xff\xfe", "cannot be read"),
         ("absent.txt", None, "cannot be read"),
-        ("a.txt", b"x" * 20_000, "one of 20,000 characters, more than 16,384"),
+        ("a.txt", b"x" * 20_000, "line 1: a prompt of 20,000 characters, more than 16,384"),
         ("a.jsonl", b'{"prompt": "a"}\n{', "line 2"),
         ("a.jsonl", b'{"prompt": 3}', "line 1: expected"),
         ("a.jsonl", b'["prompt"]', "line 1: expected"),

@@ -1,0 +1,220 @@
+"""Which prompts are memorized: the paper's metric (Wen et al., section 3.3), and what it is measured against."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+
+import numpy as np
+import torch
+
+from memfilter.eval.copies import PIXELS, Measure
+from memfilter.eval.generate import Job, arguments_of, generate_batch, generator_of
+from memfilter.eval.parts import Parts
+from memfilter.functional import squared_error
+from memfilter.inference.calls import first_calls
+from memfilter.inference.clean import CleanNorms
+from memfilter.inference.watching import watch
+
+RIVALS = ("density_l2", "density_copies", "anisotropy", "loss")
+FIRST = 10  # steps; the paper's middle cost
+TILES = 4  # per side, of density_l2: Carlini et al., "Extracting Training Data from Diffusion Models" (2023), section 4.2
+LOSS_AT = (100, 300, 500, 700)  # of 1000 timesteps, where `loss` is taken
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How prompts are generated; what is judged by clean prompts must be generated as they were.
+
+    Args:
+        seeds: pictures for each prompt.
+        steps: of the pipeline's own scheduler.
+        guidance_scale: of classifier-free guidance, above 1.
+        size: height and width in pixels; None for what the model was made for.
+    """
+
+    seeds: int = 4
+    steps: int = 50
+    guidance_scale: float = 7.5
+    size: int | None = None
+
+    def __post_init__(self):
+        if self.guidance_scale <= 1:
+            raise ValueError(f"guidance_scale must be above 1, found {self.guidance_scale}: without guidance nothing is "
+                             "predicted for no prompt")  # fmt: skip
+        if min(self.seeds, self.steps) < 1:
+            raise ValueError(f"seeds and steps must be at least 1, found {self.seeds} and {self.steps}")
+
+    def facts(self, pipeline) -> dict:
+        scheduler = pipeline.scheduler
+        return {name: value for name, value in asdict(self).items() if name != "seeds"} | {
+            "scheduler": type(scheduler).__name__,
+            "prediction_type": scheduler.config.prediction_type,
+        }
+
+
+@dataclass
+class Signals:
+    """What was measured of prompts.
+
+    Args:
+        prompts: P of them.
+        timesteps: [S].
+        norms: of the text-conditional noise prediction, [P, seeds, S].
+        rivals: by name, [P] each; larger speaks of memorization. Those that need another picture of a prompt are NaN where
+            there is one seed only.
+    """
+
+    prompts: list[str]
+    timesteps: np.ndarray
+    norms: np.ndarray
+    rivals: dict[str, np.ndarray] = field(default_factory=dict)
+
+    def metric(self, steps: int | None = None, seeds: int | None = None) -> np.ndarray:
+        """The paper's: mean norm over the first steps and seeds, [P]."""
+        return np.nanmean(self.norms[:, :seeds, :steps], axis=(1, 2))
+
+
+def measure_prompts(
+    pipeline,
+    prompts: Sequence[str],
+    sampling: Sampling,
+    *,
+    rivals: Sequence[str] = (),
+    measure: Measure = PIXELS,
+    batch_size: int = 16,
+    until: int | None = None,
+    parts: Parts | None = None,
+    progress: bool = True,
+) -> Signals:
+    """Generates every prompt with every seed and reads the signals; the noise is that of `generate`.
+
+    Args:
+        pipeline: as `watch` takes it.
+        rivals: of `RIVALS`. ``density_l2``: nearness of a prompt's pictures to each other by the largest distance of their
+            tiles (Carlini et al., 2023); ``density_copies``: by a measure of copies; ``anisotropy``: norm of the first step
+            and cosine of the last (Asthana and Belagiannis, ICLR 2026), each over its deviation among these prompts;
+            ``loss``: of denoising the model's own picture, with its sign turned.
+        measure: for ``density_copies``.
+        batch_size: pictures at a time.
+        until: so many steps are made and no picture: it costs less, and no rival can be had.
+        parts: where results are kept, for several processes and for going on after an interruption.
+        progress: whether to show a bar.
+
+    Raises:
+        ValueError: an unknown rival, or guidance is off.
+    """
+    if unknown := [name for name in rivals if name not in RIVALS]:
+        raise ValueError(f"unknown rival {', '.join(unknown)}: expected some of {', '.join(RIVALS)}")
+    if until is not None and rivals:
+        raise ValueError("rivals need whole generations: leave until out")
+    count = max(1, batch_size // sampling.seeds)  # prompts at a time, with all their seeds
+    groups = [range(start, min(start + count, len(prompts))) for start in range(0, len(prompts), count)]
+
+    def work(number: int) -> dict[str, np.ndarray]:
+        jobs = [Job(p, prompts[p], seed) for p in groups[number] for seed in range(sampling.seeds)]
+        batches = [jobs[start : start + batch_size] for start in range(0, len(jobs), batch_size)]
+        found = [_measure_batch(pipeline, batch, sampling, rivals, until) for batch in batches]
+        joined = {name: np.concatenate([one[name] for one in found]) for name in found[0] if name != "timesteps"}
+        by_prompt = {name: v.reshape(len(groups[number]), sampling.seeds, *v.shape[1:]) for name, v in joined.items()}
+        pictures = by_prompt.pop("pictures", None)
+        if "density_l2" in rivals:
+            by_prompt["density_l2"] = density(pictures, tiled_distance)
+        if "density_copies" in rivals:
+            by_prompt["density_copies"] = density(pictures, lambda a, b: 1 - measure.similarity(a, b))
+        return by_prompt | {"timesteps": found[0]["timesteps"]}
+
+    results = parts.run(len(groups), work, progress) if parts else [work(number) for number in _bar(len(groups), progress)]
+    found = {name: np.concatenate([r[name] for r in results]) for name in results[0] if name != "timesteps"}
+    norms, cosines = found.pop("norms"), found.pop("cosines", None)
+    if "anisotropy" in rivals:
+        found["anisotropy"] = anisotropy(norms[..., 0].mean(1), cosines[..., -1].mean(1))
+    if "loss" in rivals:
+        found["loss"] = -found["loss"].mean(1)
+    return Signals(list(prompts), results[0]["timesteps"], norms, {name: found[name] for name in rivals})
+
+
+def _bar(count: int, progress: bool):
+    from tqdm import tqdm
+
+    return tqdm(range(count), desc="detect", disable=not progress)
+
+
+def _measure_batch(pipeline, batch: list[Job], sampling: Sampling, rivals: Sequence[str], until: int | None) -> dict:
+    form = (sampling.steps, sampling.guidance_scale, sampling.size)
+    with watch(pipeline, cosine="anisotropy" in rivals) as seen:
+        if until is None:
+            pictures = generate_batch(pipeline, batch, *form)
+        else:
+            first_calls(pipeline, until, **arguments_of(batch, *form))
+    found = {"norms": seen.norms.numpy(), "timesteps": seen.timesteps.numpy()}
+    if "anisotropy" in rivals:
+        found["cosines"] = seen.cosines.numpy()
+    if {"density_l2", "density_copies"} & {*rivals}:
+        found["pictures"] = pictures
+    if "loss" in rivals:
+        found["loss"] = own_loss(pipeline, batch, pictures, form)
+    return found
+
+
+def density(pictures: np.ndarray, distance: Callable[[np.ndarray, np.ndarray], np.ndarray]) -> np.ndarray:
+    """How near a prompt's pictures are to each other: uint8 [P, S, H, W, 3] -> [P], less the mean distance of all pairs; NaN
+    for one picture."""
+    first, second = np.triu_indices(pictures.shape[1], 1)
+    if not len(first):
+        return np.full(len(pictures), np.nan)
+    pairs = [distance(pictures[:, a], pictures[:, b]) for a, b in zip(first, second, strict=True)]
+    return -np.mean(pairs, axis=0)
+
+
+def tiled_distance(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """The largest l2 distance, root of a mean, among corresponding tiles: uint8 [N, H, W, 3] twice -> [N].
+
+    The tiles are `TILES` a side; a distance over the whole would find pictures alike for a background of one colour
+    (Carlini et al., 2023, section 4.2).
+    """
+    difference = (a.astype(np.float32) - b.astype(np.float32)) ** 2 / 255**2
+    rows = np.array_split(difference, TILES, axis=1)
+    tiles = [tile.mean(axis=(1, 2, 3)) for row in rows for tile in np.array_split(row, TILES, axis=2)]
+    return np.sqrt(np.max(tiles, axis=0))
+
+
+def anisotropy(norm: np.ndarray, cosine: np.ndarray) -> np.ndarray:
+    """Norm at high noise plus cosine at low noise (Asthana and Belagiannis, ICLR 2026), each over its standard deviation
+    among these prompts, since the two have no unit in common. [P] twice -> [P]"""
+    return sum(values / max(float(np.nanstd(values)), 1e-12) for values in (norm, cosine))
+
+
+@torch.no_grad()
+def own_loss(pipeline, batch: list[Job], pictures: np.ndarray, form: tuple) -> np.ndarray:
+    """Loss of the conditional prediction for the model's own pictures, mean over `LOSS_AT`. uint8 [B, H, W, 3] -> [B]"""
+    call, vae, scheduler = first_calls(pipeline, 1, **arguments_of(batch, *form))[0], pipeline.vae, pipeline.scheduler
+    pixels = torch.from_numpy(pictures).permute(0, 3, 1, 2).to(vae.device, vae.dtype) / 127.5 - 1
+    latents = (vae.encode(pixels).latent_dist.mean - (vae.config.shift_factor or 0)) * vae.config.scaling_factor
+    noise = torch.cat([torch.randn(1, *latents.shape[1:], generator=generator_of(job)) for job in batch]).to(latents)
+    total = scheduler.config.num_train_timesteps
+    losses = []
+    for at in LOSS_AT:
+        timestep = torch.tensor(at * total // 1000)
+        abar = scheduler.alphas_cumprod[timestep].to(latents)
+        noisy = abar.sqrt() * latents + (1 - abar).sqrt() * noise
+        pred = pipeline.unet(noisy, timestep.to(latents.device), **call.cond | {"return_dict": False})[0]
+        target = {
+            "epsilon": noise,
+            "v_prediction": abar.sqrt() * noise - (1 - abar).sqrt() * latents,
+            "sample": latents,
+        }[scheduler.config.prediction_type]
+        losses.append(squared_error(pred, target))
+    return torch.stack(losses).mean(0).float().cpu().numpy()
+
+
+def clean_norms(pipeline, prompts: Sequence[str], sampling: Sampling, **more) -> CleanNorms:
+    """Calibrates on prompts that are known not to be memorized; further arguments as of `measure_prompts`."""
+    signals = measure_prompts(pipeline, prompts, sampling, **more)
+    return CleanNorms(signals.norms, signals.timesteps, sampling.facts(pipeline))
+
+
+def judge(signals: Signals, clean: CleanNorms, false_positive_rate: float, steps: int | None) -> tuple[float, np.ndarray]:
+    """Threshold on the metric of the first steps, and a p-value for every prompt, [P]."""
+    seeds = signals.norms.shape[1]
+    return clean.threshold(false_positive_rate, steps, seeds), clean.p_values(signals.metric(steps), steps, seeds)

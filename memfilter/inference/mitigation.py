@@ -1,0 +1,99 @@
+"""Pictures of a memorized prompt that are no copies: Wen et al., section 4.2, and random tokens, its rival."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from memfilter.config import MitigationConfig
+from memfilter.data.captions import caption_change
+from memfilter.eval.generate import Job, arguments_of
+from memfilter.functional import text_norm
+from memfilter.inference.calls import factor_at, first_calls
+from memfilter.inference.detection import Sampling
+from memfilter.inference.significance import embedding_gradient, frozen
+
+
+@dataclass(frozen=True)
+class Adjusted:
+    """Embeddings that answer less strongly.
+
+    Args:
+        prompt_embeds, negative_prompt_embeds: [B, L, D].
+        pooled: what SDXL takes besides, by the names of its arguments; unchanged.
+        before, after: norms of the first step, [B].
+        iterations: made for each sample, [B].
+    """
+
+    prompt_embeds: Tensor
+    negative_prompt_embeds: Tensor
+    pooled: dict[str, Tensor]
+    before: Tensor
+    after: Tensor
+    iterations: Tensor
+
+    def arguments(self) -> dict[str, Tensor]:
+        """For any call of the pipeline, in place of ``prompt``."""
+        embeds = {"prompt_embeds": self.prompt_embeds, "negative_prompt_embeds": self.negative_prompt_embeds}
+        return embeds | self.pooled
+
+
+def adjust_prompt(
+    pipeline,
+    jobs: Sequence[Job],
+    target: float,
+    sampling: Sampling = Sampling(),
+    learning_rate: float = 0.05,
+    iterations: int = 10,
+) -> Adjusted:
+    """Moves the embedding of each sample's prompt until the norm of the first step is at most ``target``.
+
+        jobs = [Job(0, prompt, seed) for seed in range(4)]
+        adjusted = adjust_prompt(pipeline, jobs, target=3.0)
+        images = pipeline(**adjusted.arguments(), generator=[generator_of(job) for job in jobs]).images
+
+    Adam on the embedding, the place of the first token (BOS) left alone. Every sample has its own norm, own embedding and own
+    end: the official code stops at the norm of the whole batch, which is about twice a sample's where there are four.
+
+    Args:
+        pipeline: as `watch` takes it.
+        jobs: prompts with their noise; generate with the same noise afterwards.
+        target: the norm to come down to, in the unit of `text_norm`; the paper takes 1 to 5 at 512 px.
+        sampling: steps, guidance and size of the generation that is to follow; its seeds are not asked.
+        learning_rate, iterations: of Adam; those of the paper.
+    """
+    if iterations < 1 or not target > 0:
+        raise ValueError(f"target and iterations must be above 0, found {target} and {iterations}")
+    arguments = arguments_of(jobs, sampling.steps, sampling.guidance_scale, sampling.size)
+    call = first_calls(pipeline, 1, **arguments)[0]
+    embeds = call.cond["encoder_hidden_states"].detach().clone()  # [B, L, D]
+    optimizer = torch.optim.Adam([embeds], lr=learning_rate)
+    made, before = torch.zeros(len(embeds), dtype=torch.long), None
+    with frozen(pipeline.unet):
+        for _ in range(iterations):
+            norm, gradient = embedding_gradient(pipeline, call, embeds)
+            before = norm if before is None else before
+            going_on = norm > target  # [B]
+            if not going_on.any():
+                break
+            gradient[:, 0] = 0
+            held, embeds.grad = embeds.detach().clone(), gradient
+            optimizer.step()
+            embeds.copy_(torch.where(going_on[:, None, None], embeds, held))  # momentum moves what has no gradient too
+            made += going_on.cpu()
+    with torch.no_grad():
+        factor = abs(factor_at(pipeline.scheduler, call.timestep))
+        after = text_norm(call.cond_again(pipeline.unet, embeds), call.null_pred) * factor
+    added = {half: (getattr(call, half).get("added_cond_kwargs") or {}).get("text_embeds") for half in ("cond", "null")}
+    names = {"pooled_prompt_embeds": added["cond"], "negative_pooled_prompt_embeds": added["null"]}
+    pooled = {name: value for name, value in names.items() if value is not None}
+    return Adjusted(embeds, call.null["encoder_hidden_states"], pooled, before.cpu(), after.cpu(), made)
+
+
+def add_random_tokens(tokenizer, job: Job, count: int) -> str:
+    """The prompt with so many random tokens at random places (Somepalli et al., NeurIPS 2023), drawn from the job's seed."""
+    change = caption_change(MitigationConfig(random_tokens=count), tokenizer)
+    return job.prompt if change is None else change(job.prompt, job.seed, job.number)

@@ -1,0 +1,117 @@
+"""Which words make a prompt memorized: the significance score of Wen et al. (section 4.1, Eq. 5)."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from memfilter.eval.generate import Job, arguments_of
+from memfilter.functional import text_norm
+from memfilter.inference.calls import Call, factor_at, first_calls
+from memfilter.inference.detection import Sampling
+
+
+@dataclass(frozen=True)
+class Word:
+    """A word of a prompt.
+
+    Args:
+        text: as it stands there.
+        score: the largest of its tokens'; None where the text encoder's length cuts it off.
+        tokens: its tokens and their scores, in order.
+    """
+
+    text: str
+    score: float | None
+    tokens: tuple[tuple[str, float], ...]
+
+
+def token_significance(
+    pipeline, prompt: str, sampling: Sampling = Sampling(), steps: Sequence[int] = (0,), number: int = 0
+) -> list[Word]:
+    """How much each word has to do with a prompt's norm.
+
+    Score of a token: l2 norm of the gradient of the text-conditional norm with respect to the token's embedding (the text
+    encoder's output there), mean over seeds and over some steps of the sampler.
+
+    Args:
+        pipeline: as `watch` takes it.
+        sampling: its seeds are those of the mean.
+        steps: of the sampler, counted from 0, at which the gradient is taken; the paper takes all. The first one costs least,
+            and is where mitigation acts.
+        number: of the prompt, which tells the noise (`memfilter.eval.generate.Job`).
+
+    Returns:
+        The prompt's words, in order.
+
+    Raises:
+        ValueError: a step that the sampler does not make.
+    """
+    if not steps or min(steps) < 0 or max(steps) >= sampling.steps:
+        raise ValueError(f"steps must be among 0 ... {sampling.steps - 1}, found {', '.join(map(str, steps)) or 'none'}")
+    jobs = [Job(number, prompt, seed) for seed in range(sampling.seeds)]
+    arguments = arguments_of(jobs, sampling.steps, sampling.guidance_scale, sampling.size)
+    calls = first_calls(pipeline, max(steps) + 1, **arguments)
+    with frozen(pipeline.unet):
+        gradients = [embedding_gradient(pipeline, calls[step])[1] for step in steps]  # [S, L, D] each
+    scores = torch.stack([gradient.float().norm(dim=-1).mean(0) for gradient in gradients]).mean(0)  # [L]
+    return words_of(pipeline.tokenizer, prompt, scores.tolist())
+
+
+def embedding_gradient(pipeline, call: Call, prompt_embeds: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """The norm of every sample, [B], and its gradient with respect to the prompt's embedding, [B, L, D].
+
+    Args:
+        prompt_embeds: another embedding than the call's, [B, L, D].
+    """
+    embeds = (call.cond["encoder_hidden_states"] if prompt_embeds is None else prompt_embeds).detach().clone()
+    with torch.enable_grad():
+        embeds.requires_grad_()
+        norm = text_norm(call.cond_again(pipeline.unet, embeds), call.null_pred) * abs(
+            factor_at(pipeline.scheduler, call.timestep)
+        )
+        (gradient,) = torch.autograd.grad(norm.sum(), embeds)  # samples do not meet, so each row is its own gradient
+    return norm.detach(), gradient
+
+
+@contextmanager
+def frozen(module: nn.Module) -> Iterator[None]:
+    """Without gradients of the weights, which nobody asks for."""
+    trained = [p for p in module.parameters() if p.requires_grad]
+    for parameter in trained:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in trained:
+            parameter.requires_grad_(True)
+
+
+def words_of(tokenizer, prompt: str, scores: Sequence[float]) -> list[Word]:
+    """Words, between white space, with the scores of their tokens.
+
+    Args:
+        scores: one for every place of the embedding, [L].
+
+    Raises:
+        ValueError: a tokenizer that does not say where its tokens stand.
+    """
+    if not getattr(tokenizer, "is_fast", False):
+        raise ValueError(f"{type(tokenizer).__name__} does not say where in the prompt its tokens stand: use a fast one")
+    encoded = tokenizer(prompt, truncation=True, max_length=len(scores), return_offsets_mapping=True)
+    special = {*tokenizer.all_special_ids}
+    placed = [
+        (place, begin, end)
+        for place, (token, (begin, end)) in enumerate(zip(encoded["input_ids"], encoded["offset_mapping"], strict=True))
+        if token not in special and end > begin
+    ]
+    words = []
+    for match in re.finditer(r"\S+", prompt):
+        tokens = tuple((prompt[b:e], float(scores[p])) for p, b, e in placed if match.start() <= b < match.end())
+        words.append(Word(match.group(), max((s for _, s in tokens), default=None), tokens))
+    return words

@@ -1,0 +1,164 @@
+"""What detection measures, by hand; and the judgement on the ground of clean prompts."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from scipy import stats
+
+from memfilter.eval.copies import PIXELS
+from memfilter.eval.generate import Job, arguments_of, generate_batch
+from memfilter.inference import CleanNorms, Sampling, clean_norms, judge, measure_prompts, watch
+from memfilter.inference.detection import RIVALS, anisotropy, density, own_loss, tiled_distance
+
+SAMPLING = Sampling(seeds=3, steps=4, guidance_scale=5.0, size=16)
+PROMPTS = ["a red dog", "a cat on the moon", "a house", "<b>two</b> trees"]
+FORM = (4, 5.0, 16)
+
+
+def test_signals_do_not_depend_on_how_prompts_are_batched(pipeline):
+    whole = measure_prompts(pipeline, PROMPTS, SAMPLING, rivals=RIVALS, batch_size=12, progress=False)
+    for batch_size in (2, 4):  # fewer than the seeds of a prompt, and hardly more
+        found = measure_prompts(pipeline, PROMPTS, SAMPLING, rivals=RIVALS, batch_size=batch_size, progress=False)
+        np.testing.assert_allclose(found.norms, whole.norms, rtol=1e-4)
+        for name in RIVALS:
+            np.testing.assert_allclose(found.rivals[name], whole.rivals[name], rtol=1e-2, atol=1e-4, err_msg=name)
+    assert whole.norms.shape == (4, 3, 4) and list(whole.rivals) == list(RIVALS)
+
+
+def test_norms_are_those_of_watching_the_pictures_of_generate(pipeline):
+    found = measure_prompts(pipeline, PROMPTS, SAMPLING, progress=False)
+    with watch(pipeline) as seen:
+        generate_batch(pipeline, [Job(2, PROMPTS[2], seed) for seed in range(3)], *FORM)
+    np.testing.assert_allclose(found.norms[2], seen.norms, rtol=1e-4)
+    np.testing.assert_allclose(found.metric(2, 2)[2], seen.norms[:2, :2].mean(), rtol=1e-4)
+
+
+def test_breaking_off_reads_the_same_norms(pipeline):
+    whole = measure_prompts(pipeline, PROMPTS, SAMPLING, progress=False)
+    short = measure_prompts(pipeline, PROMPTS, SAMPLING, until=2, progress=False)
+    np.testing.assert_allclose(short.norms, whole.norms[..., :2], rtol=1e-5)
+    with pytest.raises(ValueError, match="need whole generations"):
+        measure_prompts(pipeline, PROMPTS, SAMPLING, until=2, rivals=("loss",))
+
+
+def test_density_is_the_nearness_of_all_pairs(rng):
+    pictures = rng.integers(0, 256, (2, 3, 8, 8, 3), dtype=np.uint8)
+    pictures[1] = pictures[1, :1]
+    found = density(pictures, tiled_distance)
+    pairs = []
+    for a, b in ((0, 1), (0, 2), (1, 2)):
+        x, y = pictures[0, a] / 255, pictures[0, b] / 255
+        tiles = [np.sqrt(((x - y)[r : r + 2, c : c + 2] ** 2).mean()) for r in range(0, 8, 2) for c in range(0, 8, 2)]
+        pairs.append(max(tiles))
+    assert found == pytest.approx([-np.mean(pairs), 0.0], abs=1e-6)
+    likeness = density(pictures, lambda a, b: 1 - PIXELS.similarity(a, b))
+    assert likeness[1] == pytest.approx(0, abs=1e-6) and likeness[0] < -0.5
+    assert np.isnan(density(pictures[:, :1], tiled_distance)).all()
+
+
+def test_tiles_see_a_small_difference_that_the_whole_does_not(rng):
+    plain = np.full((1, 16, 16, 3), 200, np.uint8)
+    small, faint = plain.copy(), plain.copy()
+    small[:, :4, :4] = 0
+    faint += 20
+    assert tiled_distance(plain, small)[0] == pytest.approx(200 / 255)
+    assert tiled_distance(plain, faint)[0] == pytest.approx(20 / 255)
+
+
+def test_anisotropy_weighs_both_by_their_spread(rng):
+    norm, cosine = rng.normal(5, 2, 50), rng.normal(0, 0.1, 50)
+    assert anisotropy(norm, cosine) == pytest.approx(norm / norm.std() + cosine / cosine.std())
+
+
+def test_loss_is_that_of_the_training_objective_on_the_own_picture(pipeline):
+    batch = [Job(0, PROMPTS[0], 0), Job(1, PROMPTS[1], 0)]
+    pictures = generate_batch(pipeline, batch, *FORM)
+    found = own_loss(pipeline, batch, pictures, FORM)
+    again = own_loss(pipeline, batch[1:], pictures[1:], FORM)
+    assert found.shape == (2,) and (found > 0).all()
+    np.testing.assert_allclose(again, found[1:], rtol=1e-3)
+    other = own_loss(pipeline, batch, pictures[::-1].copy(), FORM)
+    assert not np.allclose(found, other)
+
+
+def clean(count=199, seeds=4, steps=5, seed=0):
+    norms = np.random.default_rng(seed).gamma(5, 1, (count, seeds, steps))
+    return CleanNorms(norms, np.arange(steps)[::-1] * 100.0, {"steps": steps})
+
+
+def test_p_values_of_clean_prompts_are_uniform_and_small_ones_rare():
+    ground, fresh = clean(), clean(count=4000, seed=1)
+    p = ground.p_values(fresh.metric(2, 3), 2, 3)
+    by_hand = [(1 + (ground.metric(2, 3) >= m).sum()) / 200 for m in fresh.metric(2, 3)]
+    assert p == pytest.approx(by_hand)
+    assert stats.kstest(p, "uniform").statistic < 0.1
+    for rate in (0.01, 0.05, 0.2):
+        threshold = ground.threshold(rate, 2, 3)
+        assert ((fresh.metric(2, 3) >= threshold) == (p <= rate + 1e-12)).all()
+
+
+def test_too_few_clean_prompts_for_a_rate_are_an_error():
+    assert clean(count=99).threshold(0.01) > 0
+    with pytest.raises(ValueError, match="needs 99 clean prompts at least, there are 98"):
+        clean(count=98).threshold(0.01)
+
+
+def test_means_over_other_seeds_are_not_compared():
+    with pytest.raises(ValueError, match="4 seeds each, fewer than 5"):
+        clean().metric(seeds=5)
+
+
+def test_file_holds_all_of_it_and_other_files_are_refused(tmp_path):
+    ground = clean()
+    ground.norms[:, :, 0] = np.nan  # zero terminal SNR
+    ground.save(tmp_path / "clean.json")
+    again = CleanNorms.load(tmp_path / "clean.json")
+    np.testing.assert_allclose(again.norms, ground.norms, atol=1e-6)
+    assert again.about == ground.about and not np.isnan(again.metric()).any()
+    again.require({"steps": 5})
+    with pytest.raises(ValueError, match="steps 5 and 50"):
+        again.require({"steps": 50})
+    for content in ("", "[]", "{}", json.dumps({"format": "memfilter clean norms 1", "norms": [], "timesteps": [], "about": {}})):
+        (tmp_path / "other.json").write_text(content)
+        with pytest.raises(ValueError, match="no norms of clean prompts"):
+            CleanNorms.load(tmp_path / "other.json")
+
+
+def test_prompts_are_judged_by_what_clean_ones_answer(sd1):
+    ground = clean_norms(sd1, [f"a picture no {i}" for i in range(19)], SAMPLING, progress=False)
+    signals = measure_prompts(sd1, PROMPTS, SAMPLING, progress=False)
+    threshold, p = judge(signals, ground, 0.1, 1)
+    assert threshold == ground.threshold(0.1, 1, 3)
+    assert p == pytest.approx([(1 + (ground.metric(1, 3) >= m).sum()) / 20 for m in signals.metric(1)])
+    assert ground.band().shape == (3, 4)
+    np.testing.assert_allclose(ground.band((0.5,))[0], np.median(ground.norms.reshape(-1, 4), axis=0))
+
+
+def test_without_guidance_nothing_can_be_measured():
+    with pytest.raises(ValueError, match="guidance_scale must be above 1"):
+        Sampling(guidance_scale=1.0)
+
+
+def test_loss_at_a_known_noise(sd1):
+    """Against the objective written out once more, at one timestep."""
+    batch = [Job(0, PROMPTS[0], 0)]
+    pictures = generate_batch(sd1, batch, *FORM)
+    from memfilter.inference import detection
+    from memfilter.inference.calls import first_calls
+
+    at = detection.LOSS_AT
+    try:
+        detection.LOSS_AT = (300,)
+        found = own_loss(sd1, batch, pictures, FORM)
+    finally:
+        detection.LOSS_AT = at
+    with torch.no_grad():
+        pixels = torch.from_numpy(pictures / 127.5 - 1).permute(0, 3, 1, 2).float()
+        latents = sd1.vae.encode(pixels).latent_dist.mean * sd1.vae.config.scaling_factor
+        noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(0))
+        noisy = sd1.scheduler.add_noise(latents, noise, torch.tensor([300]))
+        embeds = first_calls(sd1, 1, **arguments_of(batch, *FORM))[0].cond["encoder_hidden_states"]
+        pred = sd1.unet(noisy, 300, encoder_hidden_states=embeds).sample
+    assert found[0] == pytest.approx(float(((pred - noise) ** 2).mean()), rel=1e-4)

@@ -1,0 +1,61 @@
+"""Scores of words: by hand, on a denoiser whose gradient is known, and where tokens stand."""
+
+import numpy as np
+import pytest
+import torch
+
+from memfilter.eval.generate import Job, arguments_of
+from memfilter.inference import Sampling, token_significance
+from memfilter.inference.calls import first_calls
+from memfilter.inference.significance import embedding_gradient, words_of
+
+SAMPLING = Sampling(seeds=2, steps=4, guidance_scale=5.0, size=16)
+PROMPT = "a Red dog, on  the moon"
+
+
+def test_scores_are_gradients_averaged_over_seeds_and_steps(pipeline):
+    words = token_significance(pipeline, PROMPT, SAMPLING, steps=(0, 2))
+    assert [word.text for word in words] == PROMPT.split()
+    jobs = [Job(0, PROMPT, seed) for seed in range(2)]
+    calls = first_calls(pipeline, 3, **arguments_of(jobs, 4, 5.0, 16))
+    scores = np.mean(
+        [np.sqrt((embedding_gradient(pipeline, calls[step])[1].numpy() ** 2).sum(-1)).mean(0) for step in (0, 2)], axis=0
+    )
+    encoded = pipeline.tokenizer(PROMPT)["input_ids"]
+    tokens = [score for word in words for _, score in word.tokens]
+    np.testing.assert_allclose(tokens, scores[1 : len(encoded) - 1], rtol=1e-4)  # without BOS and EOS
+    assert all(word.score == max(score for _, score in word.tokens) for word in words)
+
+
+def test_the_word_that_the_answer_hangs_on_has_the_highest_score(sd1, monkeypatch):
+    length, width = sd1.tokenizer.model_max_length, sd1.text_encoder.config.hidden_size
+    weights = torch.full((length, width), 0.01)
+    place = 1 + len(sd1.tokenizer("a Red", add_special_tokens=False)["input_ids"])  # BOS before, then "dog"
+    weights[place] = 2.0
+
+    def answer(sample, timestep, encoder_hidden_states=None, **_):
+        """The sum of w . e over tokens, the same in every element: the norm's gradient at a token is its w."""
+        total = (encoder_hidden_states * weights).sum((1, 2)) / sample[0].numel() ** 0.5
+        return (total[:, None, None, None].expand_as(sample),)
+
+    monkeypatch.setattr(sd1.unet, "forward", answer)
+    words = {word.text: word.score for word in token_significance(sd1, PROMPT, SAMPLING)}
+    assert words["dog,"] == pytest.approx(2.0 * width**0.5, rel=1e-4)
+    assert words["moon"] == pytest.approx(0.01 * width**0.5, rel=1e-3)
+
+
+def test_what_is_cut_off_has_no_score(sd1):
+    long = " ".join(["dog"] * sd1.tokenizer.model_max_length)
+    words = words_of(sd1.tokenizer, long, [1.0] * sd1.tokenizer.model_max_length)
+    assert len(words) == sd1.tokenizer.model_max_length
+    assert words[0].score == 1.0 and words[-1].score is None and words[-1].tokens == ()
+
+
+def test_steps_that_are_not_made_are_refused(sd1):
+    for steps in ((4,), (-1,), ()):
+        with pytest.raises(ValueError, match=r"among 0 \.\.\. 3"):
+            token_significance(sd1, PROMPT, SAMPLING, steps=steps)
+
+
+def test_empty_prompt_has_no_words(sd1):
+    assert token_significance(sd1, "", SAMPLING) == []

@@ -1,0 +1,171 @@
+"""Watching changes nothing and reads what a call of the denoiser by hand gives."""
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+from diffusers import (
+    DDIMScheduler,
+    DPMSolverMultistepScheduler,
+    EulerDiscreteScheduler,
+    HeunDiscreteScheduler,
+    LMSDiscreteScheduler,
+    PNDMScheduler,
+)
+
+from memfilter.inference import MemorizationDetected, watch
+from memfilter.inference.calls import UnguidedError, factor_at
+
+SCHEDULERS = (DDIMScheduler, DPMSolverMultistepScheduler, EulerDiscreteScheduler, PNDMScheduler, LMSDiscreteScheduler,
+              HeunDiscreteScheduler)  # fmt: skip
+
+
+def generators(count):
+    return [torch.Generator().manual_seed(seed) for seed in range(count)]
+
+
+def generated(pipeline, prompts=("a cat", "a red dog on a hill"), each=2, steps=4, **more):
+    settings = {"num_inference_steps": steps, "guidance_scale": 5.0, "height": 16, "width": 16, "output_type": "np"}
+    return pipeline(
+        list(prompts), num_images_per_prompt=each, generator=generators(len(prompts) * each), **settings | more
+    ).images
+
+
+def with_scheduler(pipeline, kind, **changes):
+    other = copy.copy(pipeline)
+    other.register_modules(scheduler=kind.from_config(pipeline.scheduler.config, **changes))
+    return other
+
+
+@pytest.mark.parametrize("kind", SCHEDULERS)
+def test_pictures_are_bit_for_bit_the_same(pipeline, kind):
+    pipeline = with_scheduler(pipeline, kind)
+    plain = generated(pipeline)
+    with watch(pipeline, cosine=True) as seen:
+        watched = generated(pipeline)
+    np.testing.assert_array_equal(watched, plain)
+    assert seen.norms.shape == seen.cosines.shape == (4, len(seen.timesteps))
+    assert len(seen.timesteps) == pipeline.num_timesteps
+    assert (seen.norms > 0).all() and (seen.cosines.abs() <= 1).all()
+    assert not pipeline.unet._forward_hooks
+
+
+def test_norms_are_those_of_the_paper_redone_in_numpy(pipeline):
+    calls = []
+    handle = pipeline.unet.register_forward_hook(lambda m, args, kwargs, out: calls.append((args, out[0])), with_kwargs=True)
+    with watch(pipeline) as seen:
+        generated(pipeline)
+    handle.remove()
+    abar = pipeline.scheduler.alphas_cumprod.numpy()
+    for step, ((_, t), pred) in enumerate(calls):
+        null, cond = np.split(pred.numpy().astype(np.float64), 2)
+        factor = abar[int(t)] ** 0.5 if pipeline.scheduler.config.prediction_type == "v_prediction" else 1
+        expected = factor * np.sqrt(((cond - null) ** 2).sum((1, 2, 3)))
+        np.testing.assert_allclose(seen.norms[:, step], expected, rtol=1e-5)
+        assert seen.timesteps[step] == t
+
+
+def test_metric_is_the_mean_over_first_steps_and_pictures_of_a_prompt(sd1):
+    with watch(sd1) as seen:
+        generated(sd1, each=3, steps=5)
+    norms = seen.norms.numpy()  # [6, 5]
+    np.testing.assert_allclose(seen.metric(2, 3), norms.reshape(2, 3, 5)[..., :2].mean((1, 2)), rtol=1e-6)
+    np.testing.assert_allclose(seen.metric(), norms.mean(1), rtol=1e-6)
+
+
+def test_unit_rms_carries_over_to_other_sizes(sd1):
+    with watch(sd1) as l2:
+        generated(sd1)
+    with watch(sd1, unit="rms") as rms:
+        generated(sd1)
+    torch.testing.assert_close(l2.norms, rms.norms * (4 * 8 * 8) ** 0.5)
+
+
+def test_every_generation_has_its_own_norms(sd1):
+    with watch(sd1) as seen:
+        generated(sd1, steps=1)
+        generated(sd1, steps=1)
+        with pytest.raises(KeyboardInterrupt):
+            generated(sd1, callback_on_step_end=stopping)
+        generated(sd1, prompts=("a cat",), each=1, steps=3)
+    assert [g.norms.shape for g in seen.generations] == [(4, 1), (4, 1), (4, 1), (1, 3)]
+    torch.testing.assert_close(seen.generations[0].norms, seen.generations[1].norms, rtol=0, atol=0)
+
+
+def stopping(*_):
+    raise KeyboardInterrupt
+
+
+def test_memorized_prompt_ends_the_generation_with_its_number(sd1):
+    with watch(sd1) as seen:
+        generated(sd1)
+    metric = seen.metric(2, 2)
+    threshold = float(metric.mean())  # between the two prompts
+    with watch(sd1, threshold=threshold, after=2, images_per_prompt=2) as seen, pytest.raises(MemorizationDetected) as told:
+        generated(sd1)
+    assert told.value.prompts == [int(metric.argmax())] and told.value.steps == 2
+    torch.testing.assert_close(told.value.metric, metric)
+    assert seen.norms.shape == (4, 2) and f"{metric.max():.4g}" in str(told.value)
+    assert not sd1.unet._forward_hooks
+
+
+def test_callback_leaves_the_generation_alone_and_is_called_once(sd1):
+    plain, told = generated(sd1), []
+    with watch(sd1, threshold=0.0, images_per_prompt=2, on_memorized=told.append):
+        watched = generated(sd1)
+    np.testing.assert_array_equal(watched, plain)
+    assert [found.prompts for found in told] == [[0, 1]]
+
+
+def test_threshold_that_nothing_reaches_tells_nothing(sd1):
+    with watch(sd1, threshold=1e9):
+        generated(sd1)
+
+
+def test_generation_without_guidance_is_an_error(pipeline):
+    with watch(pipeline), pytest.raises(UnguidedError, match="guidance_scale above 1"):
+        generated(pipeline, guidance_scale=1.0)
+
+
+def test_guidance_that_is_switched_off_on_the_way_ends_the_norms(sd1):
+    def off(pipe, step, timestep, values):
+        if step == 1:
+            pipe._guidance_scale = 1.0
+            values["prompt_embeds"] = values["prompt_embeds"].chunk(2)[-1]
+        return values
+
+    more = {"callback_on_step_end": off, "callback_on_step_end_tensor_inputs": ["latents", "prompt_embeds"]}
+    plain = generated(sd1, **more)
+    with watch(sd1) as seen:
+        np.testing.assert_array_equal(generated(sd1, **more), plain)
+    assert seen.norms.shape == (4, 2)
+
+
+def test_nothing_was_seen(sd1):
+    with watch(sd1) as seen:
+        pass
+    with pytest.raises(ValueError, match="nothing was generated"):
+        seen.norms  # noqa: B018
+
+
+def test_factor_at_timesteps_between_those_of_the_training(pipeline):
+    scheduler = EulerDiscreteScheduler.from_config(pipeline.scheduler.config)
+    scheduler.set_timesteps(7)
+    for timestep, sigma in zip(scheduler.timesteps, scheduler.sigmas, strict=False):
+        expected = 1.0 if scheduler.config.prediction_type == "epsilon" else float((1 / (1 + sigma**2)) ** 0.5)
+        assert factor_at(scheduler, timestep) == pytest.approx(expected, rel=1e-4)
+
+
+def test_norm_tells_nothing_at_zero_terminal_snr(tmp_path_factory):
+    import tiny
+
+    from memfilter.pipelines import load_pipeline
+
+    path = tiny.save_pipeline(tmp_path_factory.mktemp("zero") / "sd2", "sd2", rescale_betas_zero_snr=True)
+    pipeline = load_pipeline(str(path))
+    pipeline.scheduler.register_to_config(timestep_spacing="trailing")
+    with watch(pipeline) as seen:
+        generated(pipeline)
+    assert seen.norms[:, 0].isnan().all() and not seen.norms[:, 1:].isnan().any()
+    assert not seen.metric().isnan().any()
