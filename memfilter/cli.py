@@ -239,6 +239,7 @@ def main(argv: list[str] | None = None) -> int:
     from jsonargparse import auto_cli
 
     from memfilter.data.laion import commands as laion
+    from memfilter.inference import commands as inference
 
     quiet_libraries()
     commands = {
@@ -259,6 +260,9 @@ def main(argv: list[str] | None = None) -> int:
         "evaluate": evaluate,
         "sweep": sweep,
         "report": report,
+        "detect": inference.detect,
+        "explain": inference.explain,
+        "generate": inference.generate,
     }
     argv = sys.argv[1:] if argv is None else argv
     if argv[:1] == ["report"] and len(argv) == 4 and not any(word.startswith("-") for word in argv):

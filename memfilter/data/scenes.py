@@ -35,7 +35,7 @@ COLOURS = {
     "black": (35, 35, 35),
 }
 # streams of scenes: what was drawn for one purpose is never drawn for another
-BASE, DUPLICATES, DISTINCT, SCORER, SCORER_VALIDATION, SAME_CAPTION, VARIATIONS, COPIES = range(8)
+BASE, DUPLICATES, DISTINCT, SCORER, SCORER_VALIDATION, SAME_CAPTION, VARIATIONS, COPIES, CLEAN = range(9)
 SPECIFIC = ", limited edition poster no {number}"
 
 

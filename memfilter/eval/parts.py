@@ -82,6 +82,10 @@ class Parts:
         state.wait_for_everyone()  # or the main process may be done with them before others have read them
         return found
 
+    @property
+    def is_main_process(self) -> bool:
+        return self._state.is_main_process
+
     def due(self, count: int) -> list[int]:
         """Which of so many jobs this process has still to do."""
         own = range(self._state.process_index, count, self._state.num_processes)

@@ -34,8 +34,12 @@ class CleanNorms:
         """Mean norm over the first steps and seeds of each clean prompt, [prompts].
 
         Raises:
-            ValueError: fewer seeds were calibrated.
+            ValueError: fewer seeds or steps were calibrated.
         """
+        made = self.norms.shape[2]
+        if steps is not None and steps > made or steps is None and not self.about.get("whole", True):
+            raise ValueError(f"the clean prompts' generations were broken off after {made} steps, {steps or 'all'} are asked: "
+                             "calibrate anew")  # fmt: skip
         if seeds is not None and seeds > self.norms.shape[1]:
             raise ValueError(f"the clean prompts have {self.norms.shape[1]} seeds each, fewer than {seeds}: a mean over fewer "
                              "is no measure of one over more, calibrate with as many")  # fmt: skip
@@ -45,8 +49,10 @@ class CleanNorms:
         """The metric from which a prompt counts as memorized: its p-value is then at most ``false_positive_rate``.
 
         Raises:
-            ValueError: there are too few clean prompts for so small a rate.
+            ValueError: it is no rate, or there are too few clean prompts for so small a one.
         """
+        if not 0 < false_positive_rate < 1:
+            raise ValueError(f"false_positive_rate must lie between 0 and 1, found {false_positive_rate}")
         clean = np.sort(self.metric(steps, seeds))[::-1]
         allowed = math.floor(false_positive_rate * (len(clean) + 1) + 1e-9) - 1  # so many clean prompts may be as high
         if allowed < 0:

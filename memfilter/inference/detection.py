@@ -211,7 +211,8 @@ def own_loss(pipeline, batch: list[Job], pictures: np.ndarray, form: tuple) -> n
 def clean_norms(pipeline, prompts: Sequence[str], sampling: Sampling, **more) -> CleanNorms:
     """Calibrates on prompts that are known not to be memorized; further arguments as of `measure_prompts`."""
     signals = measure_prompts(pipeline, prompts, sampling, **more)
-    return CleanNorms(signals.norms, signals.timesteps, sampling.facts(pipeline))
+    about = sampling.facts(pipeline) | {"whole": more.get("until") is None}
+    return CleanNorms(signals.norms, signals.timesteps, about)
 
 
 def judge(signals: Signals, clean: CleanNorms, false_positive_rate: float, steps: int | None) -> tuple[float, np.ndarray]:

@@ -1,0 +1,197 @@
+"""The commands, on real files and tiny pipelines."""
+
+import json
+import re
+import subprocess
+import sys
+
+import launching
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import tiny
+from PIL import Image
+
+from memfilter.cli import main
+from memfilter.eval.generate import Job, generate_batch
+from memfilter.inference import CleanNorms, Sampling, measure_prompts, token_significance
+from memfilter.pipelines import load_pipeline
+
+HOSTILE = ["<script>alert(1)</script>", "\x1b[31mred", "a\tcat", "$x^2$ and \\alpha"]
+SMALL = ["--steps=3", "--guidance_scale=5", "--size=16"]
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory):
+    return tiny.save_pipeline(tmp_path_factory.mktemp("model") / "sd1", "sd1")
+
+
+@pytest.fixture(scope="module")
+def clean_file(tmp_path_factory):
+    file = tmp_path_factory.mktemp("clean") / "clean.txt"
+    file.write_text("\n".join(f"picture no {i}" for i in range(19)))
+    return file
+
+
+@pytest.fixture
+def files(tmp_path):
+    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps({"prompt": p, "id": i}) + "\n" for i, p in enumerate(HOSTILE)))
+    return tmp_path
+
+
+def detect(directory, clean, out, *more):
+    return ["detect", str(directory), f"--prompts={out.parent / 'prompts.jsonl'}", f"--clean={clean}", f"--out={out}",
+            "--seeds=2", "--first=2", "--false_positive_rate=0.1", *SMALL, *more]  # fmt: skip
+
+
+def test_detections_are_those_of_the_library(directory, clean_file, files, capsys):
+    out = files / "detections.parquet"
+    assert main(detect(directory, clean_file, out, "--rivals=[loss,anisotropy]")) == 0
+    rows = pq.read_table(out).to_pylist()
+    assert [(row["prompt"], row["id"]) for row in rows] == list(zip(HOSTILE, range(4), strict=True))
+    signals = measure_prompts(load_pipeline(str(directory)), HOSTILE, Sampling(2, 3, 5.0, 16), rivals=("loss",), progress=False)
+    for name, expected in (("metric_first_step", signals.metric(1)), ("metric_first_2", signals.metric(2)),
+                           ("metric_all", signals.metric()), ("loss", signals.rivals["loss"])):  # fmt: skip
+        assert [row[name] for row in rows] == pytest.approx(expected, rel=1e-4), name
+    ground = CleanNorms.load(files / "detections.clean.json")
+    p = ground.p_values(signals.metric(2), 2, 2)
+    assert [row["p_value"] for row in rows] == pytest.approx(p)
+    assert [row["memorized"] for row in rows] == (p <= 0.1 + 1e-9).tolist()
+    np.testing.assert_allclose([row["norms"] for row in rows], signals.norms.mean(1), rtol=1e-4)
+    assert "of 4 prompts are memorized" in (told := capsys.readouterr().out) and "\x1b" not in told
+    assert not list(files.glob(".*.parts"))
+
+
+def test_saved_norms_serve_again_and_only_for_what_is_alike(directory, clean_file, files, capsys):
+    assert main(detect(directory, clean_file, files / "a.jsonl")) == 0
+    assert main(detect(directory, files / "a.clean.json", files / "b.jsonl")) == 0
+    assert (files / "a.jsonl").read_text() == (files / "b.jsonl").read_text()
+    assert main(detect(directory, files / "a.clean.json", files / "c.jsonl", "--steps=4")) == 1
+    assert "generated otherwise: steps 3 and 4" in capsys.readouterr().err
+    assert main(detect(directory, files / "a.clean.json", files / "c.jsonl", "--seeds=3")) == 1
+    assert "2 seeds each, fewer than 3" in capsys.readouterr().err
+
+
+def test_quick_detection_says_the_same_of_the_first_steps(directory, clean_file, files, capsys):
+    assert main(detect(directory, clean_file, files / "whole.jsonl")) == 0
+    assert main(detect(directory, clean_file, files / "quick.jsonl", "--quick=true")) == 0
+    whole, quick = (launching.lines(files / f"{name}.jsonl") for name in ("whole", "quick"))
+    for one, other in zip(whole, quick, strict=True):
+        assert "metric_all" not in other and len(other["norms"]) == 2
+        assert other["metric_first_2"] == pytest.approx(one["metric_first_2"], rel=1e-5)
+        assert other["p_value"] == one["p_value"]
+    assert main(detect(directory, files / "quick.clean.json", files / "c.jsonl", "--first=0")) == 1
+    assert "broken off after 2 steps, all are asked" in capsys.readouterr().err
+
+
+def test_two_processes_find_what_one_does(directory, clean_file, files):
+    assert main(detect(directory, clean_file, files / "one.jsonl", "--batch_size=2")) == 0
+    words = ["memfilter.cli", *detect(directory, clean_file, files / "two.jsonl", "--batch_size=2")]
+    launching.run(words, processes=2, script="-m")
+    assert (files / "one.jsonl").read_text() == (files / "two.jsonl").read_text()
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--clean=absent.txt"], "absent.txt cannot be read"),
+        (["--clean=absent.json"], "no norms of clean prompts"),
+        (["--false_positive_rate=0.01"], "needs 99 clean prompts at least, there are 19"),
+        (["--false_positive_rate=1"], "between 0 and 1, found 1"),
+        (["--guidance_scale=1"], "guidance_scale must be above 1"),
+        (["--rivals=[magic]"], "unknown rival magic"),
+        (["--quick=true", "--rivals=[loss]"], "rivals need whole generations"),
+        (["--out=found.txt"], "must end in one of .parquet, .jsonl"),
+        (["--prompts=absent.csv"], "absent.csv cannot be read"),
+    ],
+)
+def test_what_cannot_be_done_is_said_in_one_line(directory, clean_file, files, capsys, more, message):
+    assert main([*detect(directory, clean_file, files / "out.jsonl"), *more]) == 1
+    errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error")]
+    assert len(errors) == 1 and message in errors[0]
+    assert not (files / "out.jsonl").exists()
+
+
+def test_wrong_model_is_said_in_one_line(files, capsys):
+    for command in (["detect", "absent", f"--prompts={files / 'prompts.jsonl'}"], ["explain", "absent", "a cat"],
+                    ["generate", "absent", str(files / "out"), "--prompt=a cat"]):  # fmt: skip
+        assert main(command) == 1
+        assert "absent is not a pipeline directory" in capsys.readouterr().err
+
+
+def test_words_are_shown_in_every_form(directory, tmp_path, capsys):
+    prompt = "$x^2$ \x1b[31mred dog"
+    words = token_significance(load_pipeline(str(directory)), prompt, Sampling(2, 3, 5.0, 16))
+    for out in (tmp_path / "w.json", tmp_path / "w.png"):
+        assert main(["explain", str(directory), prompt, f"--out={out}", "--seeds=2", "--colour=always", *SMALL]) == 0
+    told = capsys.readouterr().out
+    assert re.findall(r"\033\[48;5;\d+m\033\[38;5;\d+m(.*?)\033\[0m", told)[:3] == ["$x^2$", "\\x1b[31mred", "dog"]
+    content = json.loads((tmp_path / "w.json").read_text())
+    assert content["prompt"] == prompt
+    assert [(w["text"], pytest.approx(w["score"])) for w in content["words"]] == [(w.text, w.score) for w in words]
+    assert [[t["text"] for t in w["tokens"]] for w in content["words"]] == [[t for t, _ in w.tokens] for w in words]
+    assert np.asarray(Image.open(tmp_path / "w.png").convert("RGB")).std() > 1
+    assert main(["explain", str(directory), prompt, "--out=w.txt", *SMALL]) == 1
+    assert main(["explain", str(directory), " ", *SMALL]) == 1
+
+
+def test_without_a_terminal_there_are_brackets_and_no_colours(directory):
+    done = subprocess.run(
+        [sys.executable, "-m", "memfilter.cli", "explain", directory, "a red dog", "--seeds=1", *SMALL],
+        capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    first = done.stdout.splitlines()[0]
+    assert "[" in first and "\033" not in done.stdout
+    assert first.replace("[", "").replace("]", "") == "a red dog"
+
+
+def generate(directory, out, *more):
+    return ["generate", str(directory), str(out), "--seeds=2", *SMALL, *more]
+
+
+def test_pictures_without_mitigation_are_those_of_the_pipeline(directory, files):
+    assert main(generate(directory, files / "out", f"--prompts={files / 'prompts.jsonl'}")) == 0
+    rows = launching.lines(files / "out" / "pictures.jsonl")
+    assert [row["prompt"] for row in rows[::2]] == HOSTILE and len({row["file"] for row in rows}) == 8
+    expected = generate_batch(load_pipeline(str(directory)), [Job(2, HOSTILE[2], seed) for seed in (0, 1)], 3, 5.0, 16)
+    for row, picture in zip(rows[4:6], expected, strict=True):
+        np.testing.assert_array_equal(np.asarray(Image.open(files / "out" / row["file"])), picture)
+        assert row["mitigation"] == "none" and row["norms"][0] == pytest.approx(row["first_norm"])
+
+
+def test_mitigation_lowers_the_first_norm_and_is_written_down(directory, tmp_path, capsys):
+    kept = tmp_path / "none"
+    assert main(generate(directory, kept, "--prompt=a red dog")) == 0
+    before = [row["first_norm"] for row in launching.lines(kept / "pictures.jsonl")]
+    target = min(before) * 0.9
+    assert main(generate(directory, tmp_path / "p", "--prompt=a red dog", "--mitigation=prompt", "--when=always",
+                         f"--target={target}")) == 0  # fmt: skip
+    for row, norm in zip(launching.lines(tmp_path / "p" / "pictures.jsonl"), before, strict=True):
+        assert row["first_norm"] == pytest.approx(norm, rel=1e-3) and row["norms"][0] < norm
+        assert row["mitigation"] == "prompt" and row["shown"] == "a red dog"
+    assert main(generate(directory, tmp_path / "r", "--prompt=a red dog", "--mitigation=rta", "--when=always", "--tokens=3")) == 0
+    for row in launching.lines(tmp_path / "r" / "pictures.jsonl"):
+        assert row["mitigation"] == "rta" and len(row["shown"]) > len("a red dog")
+    assert "prompts changed for 1 of 1" in capsys.readouterr().out
+
+
+def test_mitigation_is_for_prompts_that_are_detected(directory, clean_file, tmp_path, capsys):
+    settings = ["--prompt=picture no 3", "--mitigation=prompt", f"--clean={clean_file}"]
+    assert main(generate(directory, tmp_path / "all", *settings, "--false_positive_rate=0.95")) == 0
+    ground = CleanNorms.load(tmp_path / "all" / "clean.json")
+    first = np.mean([row["first_norm"] for row in launching.lines(tmp_path / "all" / "pictures.jsonl")])
+    p = ground.p_values(np.array([first]), 1, 2)[0]
+    assert p > 0.06
+    assert main(generate(directory, tmp_path / "few", *settings, f"--false_positive_rate={p - 0.01}")) == 0
+    changed = [int(re.search(r"changed for (\d)", line)[1]) for line in capsys.readouterr().out.splitlines() if "changed" in line]
+    assert changed == [1, 0]
+    kinds = [row["mitigation"] for row in launching.lines(tmp_path / "few" / "pictures.jsonl")]
+    assert kinds == ["none", "none"]
+
+
+def test_generate_asks_for_one_kind_of_prompts(directory, tmp_path, capsys):
+    for more in ([], ["--prompt=a", "--prompts=b.txt"]):
+        assert main(generate(directory, tmp_path / "out", *more)) == 1
+        assert "name one of them" in capsys.readouterr().err
+    assert main(generate(directory, tmp_path / "out", "--prompt=a", "--mitigation=rta")) == 1
+    assert "clean: name a file" in capsys.readouterr().err
