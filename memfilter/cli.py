@@ -263,6 +263,7 @@ def main(argv: list[str] | None = None) -> int:
         "detect": inference.detect,
         "explain": inference.explain,
         "generate": inference.generate,
+        "app": inference.app,
     }
     argv = sys.argv[1:] if argv is None else argv
     if argv[:1] == ["report"] and len(argv) == 4 and not any(word.startswith("-") for word in argv):

@@ -240,3 +240,41 @@ def generate(
     how = Mitigation(mitigation, threshold, target, tokens)
     changed = write_pictures(chosen.pipeline, texts, sampling, how, place)
     print(f"{len(texts) * seeds:,} pictures, prompts changed for {changed:,} of {len(texts):,}. {place}")
+
+
+def app(
+    model: str,
+    clean: str | None = None,
+    false_positive_rate: float = 0.01,
+    seeds: int = 4,
+    steps: int = 20,
+    guidance_scale: float = 7.5,
+    size: int | None = None,
+    host: str = "127.0.0.1",
+    port: int = 7860,
+) -> None:
+    """Open a page to try prompts on: pictures, whether the prompt is memorized, by which words, and what helps.
+
+    Norms of clean prompts are measured first, which takes a while, and kept in the run's directory, or beside the file of
+    prompts, for the next time.
+
+    Args:
+        model: directory of a run, of a diffusers pipeline, a hub id, or "scenes", the model that comes with the package.
+        clean: file of prompts that are certainly not memorized, or .json of their norms. By default, for models of clipart
+            scenes, captions of new scenes.
+        false_positive_rate: share of clean prompts that may be called memorized.
+        seeds: pictures of each prompt.
+        steps: of the sampler.
+        guidance_scale: of classifier-free guidance, above 1.
+        size: height and width in pixels; by default the run's, or what the model was made for.
+        host: address to listen at; 0.0.0.0 lets other machines in.
+        port: to listen at; 0 for any that is free.
+    """
+    from memfilter.inference.app import serve
+    from memfilter.inference.detection import Sampling
+    from memfilter.inference.models import Model
+
+    chosen = Model(model)
+    sampling = Sampling(seeds, steps, guidance_scale, size or chosen.size)
+    ground = chosen.kept_norms(Path(clean) if clean else None, sampling)
+    serve(chosen, ground, sampling, false_positive_rate, host, port)

@@ -1,0 +1,218 @@
+"""The page of ``memfilter app``: type a prompt, see whether it is memorized, by which words, and what helps."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+import gradio as gr
+import numpy as np
+import plotly.graph_objects as go
+
+from memfilter.inference.clean import CleanNorms
+from memfilter.inference.detection import Sampling
+from memfilter.inference.generating import Generated, Mitigation, generate_prompt
+from memfilter.inference.models import Model
+from memfilter.inference.significance import Word, token_significance
+
+TITLE = "memfilter"
+EXAMPLES = 12  # prompts of a run to pick from, of each kind
+# fonts and scripts come from the machine itself: the page asks no other host for anything
+CSS = """
+.gradio-container { max-width: 1100px !important; margin: auto }
+#verdict { font-size: 1.15rem }
+"""
+
+
+@dataclass
+class Look:
+    """What the page shows of a prompt.
+
+    Args:
+        made: pictures and norms.
+        words: with their scores.
+        metric: mean norm.
+        p_value: of the metric.
+        memorized: whether the metric reaches the threshold.
+    """
+
+    made: Generated
+    words: list[Word]
+    metric: float
+    p_value: float
+    memorized: bool
+
+
+class Studio:
+    """A model, and what its answers are held against.
+
+    Args:
+        model: to be looked at.
+        clean: norms of clean prompts, generated as ``sampling`` says.
+        false_positive_rate: of the verdict.
+    """
+
+    def __init__(self, model: Model, clean: CleanNorms, sampling: Sampling, false_positive_rate: float = 0.01):
+        self.model, self.clean, self.sampling = model, clean, sampling
+        self.false_positive_rate = false_positive_rate
+        self.threshold = clean.threshold(false_positive_rate, None, sampling.seeds)
+        self.usual = float(clean.band((0.5,))[0, 0])  # norm of the first step
+        self._training = self._pictures_of_the_run()
+        self._one_at_a_time = threading.Lock()  # hooks see all that the denoiser does
+
+    def look(self, prompt: str, mitigation: Mitigation = Mitigation()) -> Look:
+        """Generates, judges and scores the words."""
+        with self._one_at_a_time:
+            made = generate_prompt(self.model.pipeline, prompt, self.sampling, mitigation)
+            words = token_significance(self.model.pipeline, prompt, self.sampling)
+        metric = float(np.nanmean(made.norms))
+        p_value = float(self.clean.p_values(np.array([metric]), None, self.sampling.seeds)[0])
+        return Look(made, words, metric, p_value, metric >= self.threshold)
+
+    def _pictures_of_the_run(self) -> dict[str, Callable[[], np.ndarray]]:
+        """Caption -> how to read its picture: of some duplicates and some others."""
+        if (run := self.model.run) is None:
+            return {}
+        asked = run.prompts(EXAMPLES)
+        chosen = [p for p in asked if p.duplicate][:EXAMPLES] + [p for p in asked if not p.duplicate][:EXAMPLES]
+        return {p.text: partial(run.picture, p.key, self.sampling.size or run.config.data.resolution) for p in chosen}
+
+    @property
+    def examples(self) -> list[str]:
+        """Prompts of the run, duplicates first; of clean ones where there is no run."""
+        if self.model.run is None:
+            return self.model.clean_prompts(None, EXAMPLES) if self.model.of_scenes else []
+        return list(self._training)
+
+    def shown(self, prompt: str, look: Look) -> list[tuple[np.ndarray, str]]:
+        """Pictures with what they are: the training picture, where the prompt is a caption of the run's, and what was made."""
+        own = [] if (picture := self._training.get(prompt)) is None else [(picture(), "training picture")]
+        return own + [(made, f"seed {seed}") for seed, made in enumerate(look.made.pictures)]
+
+
+def in_words(look: Look, clean: CleanNorms) -> str:
+    """The verdict, for people."""
+    count, n = round(look.p_value * (len(clean.norms) + 1)) - 1, len(clean.norms)
+    as_strong = f"none of {n}" if count == 0 else f"{count} of {n}"
+    verdict = "Memorized" if look.memorized else "Not memorized, as far as the norm tells"
+    return (f"**{verdict}.** The model answers this prompt with a mean norm of {look.metric:.3g}; {as_strong} clean prompts "
+            f"are answered as strongly (p = {look.p_value:.2g}).")  # fmt: skip
+
+
+def figure_of(look: Look, clean: CleanNorms, before: Look | None = None):
+    """Norm by step, a line for each picture, over the band in which 90% of clean ones lie."""
+    low, middle, high = clean.band()
+    steps = np.arange(1, len(middle) + 1)
+    figure = go.Figure()
+    figure.add_scatter(x=steps, y=high, mode="lines", line={"width": 0}, showlegend=False, hoverinfo="skip")
+    figure.add_scatter(x=steps, y=low, mode="lines", fill="tonexty", fillcolor="rgba(134,142,150,0.25)", line={"width": 0},
+                       name="90% of clean pictures", hoverinfo="skip")  # fmt: skip
+    figure.add_scatter(x=steps, y=middle, mode="lines", line={"color": "#868e96", "dash": "dot"}, name="median of clean ones")
+    shown = [(before, "#e8590c", "as it is"), (look, "#1971c2", "mitigated")] if before else [(look, "#e8590c", "this prompt")]
+    for one, colour, name in shown:
+        for number, norms in enumerate(one.made.norms):
+            figure.add_scatter(x=steps, y=norms, mode="lines", line={"color": colour, "width": 1.5}, name=name, legendgroup=name,
+                               showlegend=number == 0)  # fmt: skip
+    figure.update_layout(
+        height=300, margin={"l": 50, "r": 10, "t": 10, "b": 40}, template="plotly_white",
+        xaxis_title="step", yaxis_title="norm", legend={"orientation": "h", "y": 1.15},
+    )  # fmt: skip
+    return figure
+
+
+def pieces(words: list[Word]) -> list[tuple[str, float | None]]:
+    """Words and the spaces between them, as the coloured line takes them; a word stands at every even place."""
+    largest = max((word.score or 0 for word in words), default=0) or 1
+    shown: list[tuple[str, float | None]] = []
+    for word in words:
+        shown += [(word.text, round((word.score or 0) / largest, 3)), (" ", None)]
+    return shown[:-1]
+
+
+def without_word(prompt: str, place: int) -> str:
+    """The prompt without the word at a place of `pieces`; as it is for a space."""
+    words = prompt.split()
+    return " ".join(words[: place // 2] + words[place // 2 + 1 :]) if place % 2 == 0 else prompt
+
+
+def build(studio: Studio) -> gr.Blocks:
+    """The page."""
+
+    def checked(prompt: str) -> str:
+        if not prompt or not prompt.strip():
+            raise gr.Error("Type a prompt first.", print_exception=False)
+        return prompt.strip()
+
+    def look(prompt: str):
+        prompt = checked(prompt)
+        found = studio.look(prompt)
+        return (found, prompt, studio.shown(prompt, found), in_words(found, studio.clean), figure_of(found, studio.clean),
+                pieces(found.words), [], "", gr.update(visible=False))  # fmt: skip
+
+    def mitigate(prompt: str, kind: str, target: float, tokens: int, before: Look | None, seen: str):
+        prompt = checked(prompt)
+        if before is None or seen != prompt:
+            before = studio.look(prompt)
+        how = Mitigation("prompt" if kind == "prompt embedding" else "rta", None, target, int(tokens))
+        found = studio.look(prompt, how)
+        instead = gr.update(value="\n".join(found.made.shown), visible=how.kind == "rta")
+        return (before, prompt, studio.shown(prompt, before), in_words(before, studio.clean),
+                figure_of(found, studio.clean, before), pieces(before.words), list(found.made.pictures), in_words(found, studio.clean), instead)  # fmt: skip
+
+    def drop(prompt: str, event: gr.SelectData):
+        return without_word(prompt, int(event.index[0] if isinstance(event.index, list | tuple) else event.index))
+
+    with gr.Blocks(title=TITLE, analytics_enabled=False) as page:
+        last, seen = gr.State(None), gr.State("")
+        gr.Markdown(f"# {TITLE}\nWhether a prompt is memorized, by which words, and what helps.")
+        with gr.Row():
+            prompt = gr.Textbox(label="Prompt", scale=4, max_lines=3, elem_id="prompt")
+            generate = gr.Button("Generate", variant="primary", scale=1, elem_id="go")
+        picked = gr.Dropdown(studio.examples, label="Prompts of this model", value=None, elem_id="picked")
+        verdict = gr.Markdown(elem_id="verdict", sanitize_html=True)
+        with gr.Row():
+            gallery = {"columns": 3, "height": 360, "object_fit": "contain", "format": "png"}
+            pictures = gr.Gallery(label="As it is", elem_id="pictures", **gallery)
+            mitigated = gr.Gallery(label="Mitigated", elem_id="mitigated", **gallery)
+        told = gr.Markdown(elem_id="told", sanitize_html=True)
+        instead = gr.Textbox(label="Shown with random tokens", elem_id="instead", interactive=False, max_lines=8, visible=False)
+        words = gr.HighlightedText(label="What the answer hangs on; click a word to drop it", elem_id="words",
+                                   combine_adjacent=False, show_legend=False, interactive=False)  # fmt: skip
+        plot = gr.Plot(show_label=False, elem_id="plot")
+        with gr.Row():
+            kind = gr.Radio(["prompt embedding", "random tokens"], value="prompt embedding", label="Mitigation", elem_id="kind")
+            target = gr.Number(round(studio.usual, 2), label="Norm to come down to (prompt embedding)", minimum=0.01)
+            tokens = gr.Slider(1, 8, value=4, step=1, label="Random tokens")
+            try_it = gr.Button("Mitigate", elem_id="mitigate")
+        shown = [last, seen, pictures, verdict, plot, words, mitigated, told, instead]
+        gr.on([generate.click, prompt.submit], look, prompt, shown, concurrency_limit=1)
+        try_it.click(mitigate, [prompt, kind, target, tokens, last, seen], shown, concurrency_limit=1)
+        picked.input(lambda text: text, picked, prompt).then(look, prompt, shown, concurrency_limit=1)
+        words.select(drop, seen, prompt).then(look, prompt, shown, concurrency_limit=1)
+    return page
+
+
+def serve(
+    model: Model, clean: CleanNorms, sampling: Sampling, false_positive_rate: float, host: str, port: int, block: bool = True
+) -> str:
+    """Opens the page and stays until it is stopped (``block``); returns its address.
+
+    Raises:
+        ValueError: the port is taken, or a false positive rate that the clean prompts do not carry.
+    """
+    page = build(Studio(model, clean, sampling, false_positive_rate))
+    # no fonts of another host: the page shows prompts that are nobody else's business
+    theme = gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["monospace"])
+    try:
+        _, address, _ = page.queue().launch(
+            server_name=host, server_port=port or None, prevent_thread_lock=True, quiet=True, share=False, inbrowser=False,
+            theme=theme, css=CSS, show_error=True, footer_links=[], ssr_mode=False,
+        )  # fmt: skip
+    except OSError as error:
+        raise ValueError(f"host, port: {host}:{port} cannot be listened at ({error})") from error
+    print(f"{model.name}: {address}", flush=True)
+    if block:
+        page.block_thread()
+    return address
