@@ -116,7 +116,7 @@ def _rows(asked, signals, first, quick, threshold, p_values) -> list[dict]:
         columns[f"metric_first_{first}"] = metric
     if not quick:
         columns["metric_all"] = signals.metric()
-    columns |= {"p_value": p_values} | signals.rivals
+    columns |= {"p_value": p_values} | {name: signals.rival(name) for name in signals.raw}
     norms = signals.norms.mean(1)  # [P, seeds, S] -> [P, S]
     rows = []
     for number, known in enumerate(asked):

@@ -61,18 +61,27 @@ class Signals:
         prompts: P of them.
         timesteps: [S].
         norms: of the text-conditional noise prediction, [P, seeds, S].
-        rivals: by name, [P] each; larger speaks of memorization. Those that need another picture of a prompt are NaN where
-            there is one seed only.
+        raw: what rivals are made of, by name of the rival, [P, seeds, ...] each.
     """
 
     prompts: list[str]
     timesteps: np.ndarray
     norms: np.ndarray
-    rivals: dict[str, np.ndarray] = field(default_factory=dict)
+    raw: dict[str, np.ndarray] = field(default_factory=dict)
 
     def metric(self, steps: int | None = None, seeds: int | None = None) -> np.ndarray:
         """The paper's: mean norm over the first steps and seeds, [P]."""
         return np.nanmean(self.norms[:, :seeds, :steps], axis=(1, 2))
+
+    def rival(self, name: str, seeds: int | None = None) -> np.ndarray:
+        """Score of another method over the first seeds, [P]; larger speaks of memorization. NaN where a method that compares
+        pictures has one only."""
+        raw = self.raw[name][:, :seeds]
+        if name == "loss":
+            return -raw.mean(1)
+        if name == "anisotropy":
+            return anisotropy(self.norms[:, :seeds, 0].mean(1), raw[..., -1].mean(1))
+        return density(raw[:, :, :seeds])
 
 
 def measure_prompts(
@@ -91,7 +100,7 @@ def measure_prompts(
 
     Args:
         pipeline: as `watch` takes it.
-        rivals: of `RIVALS`. ``density_l2``: nearness of a prompt's pictures to each other by the largest distance of their
+        rivals: of `RIVALS`, to be had of `Signals.rival`. ``density_l2``: nearness of a prompt's pictures to each other by the largest distance of their
             tiles (Carlini et al., 2023); ``density_copies``: by a measure of copies; ``anisotropy``: norm of the first step
             and cosine of the last (Asthana and Belagiannis, ICLR 2026), each over its deviation among these prompts;
             ``loss``: of denoising the model's own picture, with its sign turned.
@@ -119,19 +128,14 @@ def measure_prompts(
         by_prompt = {name: v.reshape(len(groups[number]), sampling.seeds, *v.shape[1:]) for name, v in joined.items()}
         pictures = by_prompt.pop("pictures", None)
         if "density_l2" in rivals:
-            by_prompt["density_l2"] = density(pictures, tiled_distance)
+            by_prompt["density_l2"] = distances(pictures, tiled_distance)
         if "density_copies" in rivals:
-            by_prompt["density_copies"] = density(pictures, lambda a, b: 1 - measure.similarity(a, b))
+            by_prompt["density_copies"] = distances(pictures, lambda a, b: 1 - measure.similarity(a, b))
         return by_prompt | {"timesteps": found[0]["timesteps"]}
 
     results = parts.run(len(groups), work, progress) if parts else [work(number) for number in _bar(len(groups), progress)]
     found = {name: np.concatenate([r[name] for r in results]) for name in results[0] if name != "timesteps"}
-    norms, cosines = found.pop("norms"), found.pop("cosines", None)
-    if "anisotropy" in rivals:
-        found["anisotropy"] = anisotropy(norms[..., 0].mean(1), cosines[..., -1].mean(1))
-    if "loss" in rivals:
-        found["loss"] = -found["loss"].mean(1)
-    return Signals(list(prompts), results[0]["timesteps"], norms, {name: found[name] for name in rivals})
+    return Signals(list(prompts), results[0]["timesteps"], found["norms"], {name: found[name] for name in rivals})
 
 
 def _bar(count: int, progress: bool):
@@ -149,7 +153,7 @@ def _measure_batch(pipeline, batch: list[Job], sampling: Sampling, rivals: Seque
             first_calls(pipeline, until, **arguments_of(batch, *form))
     found = {"norms": seen.norms.numpy(), "timesteps": seen.timesteps.numpy()}
     if "anisotropy" in rivals:
-        found["cosines"] = seen.cosines.numpy()
+        found["anisotropy"] = seen.cosines.numpy()
     if {"density_l2", "density_copies"} & {*rivals}:
         found["pictures"] = pictures
     if "loss" in rivals:
@@ -157,14 +161,19 @@ def _measure_batch(pipeline, batch: list[Job], sampling: Sampling, rivals: Seque
     return found
 
 
-def density(pictures: np.ndarray, distance: Callable[[np.ndarray, np.ndarray], np.ndarray]) -> np.ndarray:
-    """How near a prompt's pictures are to each other: uint8 [P, S, H, W, 3] -> [P], less the mean distance of all pairs; NaN
-    for one picture."""
-    first, second = np.triu_indices(pictures.shape[1], 1)
-    if not len(first):
-        return np.full(len(pictures), np.nan)
-    pairs = [distance(pictures[:, a], pictures[:, b]) for a, b in zip(first, second, strict=True)]
-    return -np.mean(pairs, axis=0)
+def distances(pictures: np.ndarray, distance: Callable[[np.ndarray, np.ndarray], np.ndarray]) -> np.ndarray:
+    """Between all pictures of a prompt: uint8 [P, S, H, W, 3] -> [P, S, S]."""
+    count = pictures.shape[1]
+    found = np.zeros((len(pictures), count, count), np.float32)
+    for a, b in zip(*np.triu_indices(count, 1), strict=True):
+        found[:, a, b] = found[:, b, a] = distance(pictures[:, a], pictures[:, b])
+    return found
+
+
+def density(between: np.ndarray) -> np.ndarray:
+    """How near a prompt's pictures are to each other: [P, S, S] -> [P], less the mean distance of all pairs; NaN for one."""
+    first, second = np.triu_indices(between.shape[1], 1)
+    return -between[:, first, second].mean(1) if len(first) else np.full(len(between), np.nan)
 
 
 def tiled_distance(a: np.ndarray, b: np.ndarray) -> np.ndarray:

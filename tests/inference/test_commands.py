@@ -51,7 +51,7 @@ def test_detections_are_those_of_the_library(directory, clean_file, files, capsy
     assert [(row["prompt"], row["id"]) for row in rows] == list(zip(HOSTILE, range(4), strict=True))
     signals = measure_prompts(load_pipeline(str(directory)), HOSTILE, Sampling(2, 3, 5.0, 16), rivals=("loss",), progress=False)
     for name, expected in (("metric_first_step", signals.metric(1)), ("metric_first_2", signals.metric(2)),
-                           ("metric_all", signals.metric()), ("loss", signals.rivals["loss"])):  # fmt: skip
+                           ("metric_all", signals.metric()), ("loss", signals.rival("loss"))):  # fmt: skip
         assert [row[name] for row in rows] == pytest.approx(expected, rel=1e-4), name
     ground = CleanNorms.load(files / "detections.clean.json")
     p = ground.p_values(signals.metric(2), 2, 2)

@@ -10,7 +10,7 @@ from scipy import stats
 from memfilter.eval.copies import PIXELS
 from memfilter.eval.generate import Job, arguments_of, generate_batch
 from memfilter.inference import CleanNorms, Sampling, clean_norms, judge, measure_prompts, watch
-from memfilter.inference.detection import RIVALS, anisotropy, density, own_loss, tiled_distance
+from memfilter.inference.detection import RIVALS, anisotropy, density, distances, own_loss, tiled_distance
 
 SAMPLING = Sampling(seeds=3, steps=4, guidance_scale=5.0, size=16)
 PROMPTS = ["a red dog", "a cat on the moon", "a house", "<b>two</b> trees"]
@@ -23,8 +23,8 @@ def test_signals_do_not_depend_on_how_prompts_are_batched(pipeline):
         found = measure_prompts(pipeline, PROMPTS, SAMPLING, rivals=RIVALS, batch_size=batch_size, progress=False)
         np.testing.assert_allclose(found.norms, whole.norms, rtol=1e-4)
         for name in RIVALS:
-            np.testing.assert_allclose(found.rivals[name], whole.rivals[name], rtol=1e-2, atol=1e-4, err_msg=name)
-    assert whole.norms.shape == (4, 3, 4) and list(whole.rivals) == list(RIVALS)
+            np.testing.assert_allclose(found.rival(name), whole.rival(name), rtol=1e-2, atol=1e-4, err_msg=name)
+    assert whole.norms.shape == (4, 3, 4) and list(whole.raw) == list(RIVALS)
 
 
 def test_norms_are_those_of_watching_the_pictures_of_generate(pipeline):
@@ -43,19 +43,27 @@ def test_breaking_off_reads_the_same_norms(pipeline):
         measure_prompts(pipeline, PROMPTS, SAMPLING, until=2, rivals=("loss",))
 
 
+def test_fewer_seeds_are_those_of_a_shorter_measurement(sd1):
+    whole = measure_prompts(sd1, PROMPTS, SAMPLING, rivals=RIVALS, progress=False)
+    shorter = measure_prompts(sd1, PROMPTS, Sampling(2, 4, 5.0, 16), rivals=RIVALS, progress=False)
+    for name in RIVALS:
+        np.testing.assert_allclose(whole.rival(name, 2), shorter.rival(name), rtol=1e-2, atol=1e-4, err_msg=name)
+    assert np.isnan(whole.rival("density_l2", 1)).all() and not np.isnan(whole.rival("loss", 1)).any()
+
+
 def test_density_is_the_nearness_of_all_pairs(rng):
     pictures = rng.integers(0, 256, (2, 3, 8, 8, 3), dtype=np.uint8)
     pictures[1] = pictures[1, :1]
-    found = density(pictures, tiled_distance)
+    found = density(distances(pictures, tiled_distance))
     pairs = []
     for a, b in ((0, 1), (0, 2), (1, 2)):
         x, y = pictures[0, a] / 255, pictures[0, b] / 255
         tiles = [np.sqrt(((x - y)[r : r + 2, c : c + 2] ** 2).mean()) for r in range(0, 8, 2) for c in range(0, 8, 2)]
         pairs.append(max(tiles))
     assert found == pytest.approx([-np.mean(pairs), 0.0], abs=1e-6)
-    likeness = density(pictures, lambda a, b: 1 - PIXELS.similarity(a, b))
+    likeness = density(distances(pictures, lambda a, b: 1 - PIXELS.similarity(a, b)))
     assert likeness[1] == pytest.approx(0, abs=1e-6) and likeness[0] < -0.5
-    assert np.isnan(density(pictures[:, :1], tiled_distance)).all()
+    assert np.isnan(density(distances(pictures[:, :1], tiled_distance))).all()
 
 
 def test_tiles_see_a_small_difference_that_the_whole_does_not(rng):
