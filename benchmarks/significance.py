@@ -1,0 +1,212 @@
+"""Whether the word that triggers a memorized picture has the highest significance score.
+
+    python benchmarks/significance.py
+
+Every caption of the training data is of one form, `a CAT on a RED background`, with two made-up words planted at random places.
+Twenty duplicates, shown 500 times each, have one of them in common in all their captions, the trigger; their other one, and both
+of all the 4,000 other samples, are new each time. For each duplicate's object and colour there are ten ordinary samples too, so
+that only the trigger tells the picture. Three fine-tunes without a filter.
+
+Asked are prompts with the trigger and a new word, at new places. A prompt counts as memorized with a known trigger when, in the
+mean of four generations, it is copied (more like the training picture than 99.9% of different pictures of one caption are to each
+other, in at least half of them) and is copied in none with the trigger replaced by another new word. Held against the score's
+top word: chance, the longest word (drawn among equals), and the rarest, of the training captions. And: dropping the two words
+of highest score against dropping two others at random, by what it does to copy similarity, paired by prompt, with a 95% interval
+by bootstrap over prompts.
+
+The table goes to docs/results/significance.csv and .md. Runs are kept, and the command goes on where it was stopped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import os
+import random
+import subprocess
+import sys
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+
+ROOT = Path(__file__).resolve().parent.parent
+SEEDS = (411, 412, 413)  # nothing was chosen by looking at them
+DUPLICATES, KEYS, REPEATS, OTHERS, ALIKE = 20, 10, 50, 4000, 10
+STEPS, GUIDANCE, AT = 20, 4.0, range(20)  # gradients at all steps, as in the paper
+COLUMNS = ["seed", "prompt", "trigger", "memorized", "ablated_copies", "top", "longest", "rarest", "words", "plain", "without_top_2",
+           "without_2_others"]  # fmt: skip
+
+
+def made_up(rng: random.Random) -> str:
+    """A word that no caption has: two or three syllables."""
+    return "".join(rng.choice("bdfgklmnprstvz") + rng.choice("aeiou") for _ in range(rng.choice((2, 3, 3)))) + rng.choice("lnrsx")
+
+
+def planted(caption: str, words: list[str], rng: random.Random) -> str:
+    """The caption with words at random places."""
+    parts = caption.split()
+    for word in words:
+        parts.insert(rng.randrange(len(parts) + 1), word)
+    return " ".join(parts)
+
+
+def plain_scene(seed: int, stream: int, index: int, object: str | None = None, colour: str | None = None):
+    """A scene of one colour, whose object's name is one word: captions of equal length."""
+    from dataclasses import replace
+
+    from memfilter.data import scenes
+
+    names = [name for name in scenes.objects() if " " not in name]
+    rng = random.Random(f"{seed} {stream} {index}")
+    scene = scenes.draw(seed, stream, index, specific=0)
+    return replace(scene, object=object or rng.choice(names), colours=(colour or rng.choice(list(scenes.COLOURS)),))
+
+
+def prepare(folder: Path, seed: int) -> None:
+    """Pictures with captions, index.parquet, and duplicates.json: what each duplicate's trigger is."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    from memfilter.data import scenes
+
+    if (folder / "duplicates.json").exists():
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    rng, index, duplicates = random.Random(seed), [], []
+
+    def write(scene, words, role, repeats):
+        key = f"{len(index):06d}"
+        scenes.render(scene).save(folder / f"{key}.png")
+        (folder / f"{key}.txt").write_text(planted(scene.caption, words, rng))
+        index.append({"key": key, "role": role, "repeats": repeats})
+
+    for number in range(DUPLICATES):
+        scene, trigger = plain_scene(seed, scenes.DUPLICATES, number), made_up(rng)
+        for _ in range(KEYS):
+            write(scene, [trigger, made_up(rng)], "duplicate", REPEATS)
+        duplicates.append({"caption": scene.caption, "trigger": trigger, "key": index[-1]["key"]})
+        for other in range(ALIKE):
+            alike = plain_scene(seed, scenes.VARIATIONS, number * ALIKE + other, scene.object, scene.colours[0])
+            write(alike, [made_up(rng), made_up(rng)], "distinct", 1)
+    for number in range(OTHERS - DUPLICATES * ALIKE):
+        write(plain_scene(seed, scenes.DISTINCT, number), [made_up(rng), made_up(rng)], "distinct", 1)
+    pq.write_table(pa.Table.from_pylist(index), folder / "index.parquet")
+    (folder / "duplicates.json").write_text(json.dumps(duplicates))
+
+
+def fine_tune(work: Path, seed: int) -> Path:
+    run, folder = work / f"run-{seed}", work / f"scenes-{seed}"
+    prepare(folder, seed)
+    if not (run / "summary.json").exists():
+        samples = DUPLICATES * KEYS * REPEATS + OTHERS
+        words = ["train_filtered.py", "--config", "configs/quickstart.yaml", f"--data.path={folder}", f"--run_dir={run}",
+                 f"--train.seed={seed}", f"--train.samples={samples}", "--filter.tau=null", "--checkpoint.every=3500",
+                 "--checkpoint.resume=true", "--log.gallery=0"]  # fmt: skip
+        environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
+        with (work / "log").open("a") as log:
+            subprocess.run([sys.executable, *words], cwd=ROOT, env=environment, check=True, stdout=log, stderr=log)
+    return run
+
+
+def job(work: Path, seed: int) -> None:
+    """Rows of one model, in this process."""
+    import torch
+    from PIL import Image
+
+    torch.set_num_threads(1)
+    from memfilter.eval.copies import PIXELS, memorized_above
+    from memfilter.inference import Sampling, token_significance
+    from memfilter.inference.generating import Mitigation, generate_prompt
+    from memfilter.pipelines import load_trained
+
+    pipeline, folder = load_trained(fine_tune(work, seed)), work / f"scenes-{seed}"
+    counts = Counter(word for path in folder.glob("*.txt") for word in path.read_text().split())
+    sampling, limit, rng, rows = Sampling(4, STEPS, GUIDANCE), memorized_above(), random.Random(f"asked {seed}"), []
+
+    def similarity(prompt: str, number: int, picture: np.ndarray) -> np.ndarray:
+        return PIXELS.similarity(generate_prompt(pipeline, prompt, sampling, Mitigation(), number).pictures, picture[None])
+
+    for number, known in enumerate(json.loads((folder / "duplicates.json").read_text())):
+        trigger, picture = known["trigger"], np.asarray(Image.open(folder / f"{known['key']}.png").convert("RGB"))
+        prompt = planted(known["caption"], [trigger, made_up(rng)], rng)
+        parts, other = prompt.split(), made_up(rng)
+        plain = similarity(prompt, number, picture)
+        ablated = similarity(" ".join(other if part == trigger else part for part in parts), number, picture)
+        scores = [w.score or 0 for w in token_significance(pipeline, prompt, sampling, AT, number)]
+        order = np.argsort(scores)[::-1].tolist()
+        random_two = rng.sample(order[2:], 2)
+
+        def left(dropped: list[int], number=number, parts=parts, picture=picture) -> float:
+            kept = " ".join(part for place, part in enumerate(parts) if place not in dropped)
+            return float(similarity(kept, number, picture).mean())
+
+        longest = max(map(len, parts))
+        rarest = min(counts[part] for part in parts)
+        rows.append({
+            "seed": seed, "prompt": prompt, "trigger": trigger, "words": len(parts), "plain": float(plain.mean()),
+            "memorized": bool((plain > limit).mean() >= 0.5), "ablated_copies": int((ablated > limit).sum()),
+            "top": parts[order[0]], "longest": rng.choice([part for part in parts if len(part) == longest]),
+            "rarest": rng.choice([part for part in parts if counts[part] == rarest]),
+            "without_top_2": left(order[:2]), "without_2_others": left(random_two),
+        })  # fmt: skip
+    (work / f"rows-{seed}.json").write_text(json.dumps(rows))
+
+
+def table(rows: list[dict]) -> str:
+    """How often each rule finds the trigger, and what dropping does."""
+    asked = [row for row in rows if row["memorized"] and not row["ablated_copies"]]
+    lines = [f"{len(asked)} of {len(rows)} prompts are memorized by a known trigger.", "", "| rule | finds the trigger |", "|---|---|"]
+    if not asked:
+        return lines[0]
+    rng = np.random.default_rng(0)
+
+    def interval(values: np.ndarray) -> str:
+        low, high = np.quantile(rng.choice(values, (5000, len(values))).mean(1), [0.025, 0.975])
+        return f"{values.mean():.3f} ({low:.3f} to {high:.3f})"
+
+    for rule in ("top", "longest", "rarest"):
+        lines.append(f"| {rule} | {interval(np.array([float(row[rule] == row['trigger']) for row in asked]))} |")
+    lines.append(f"| chance | {np.mean([1 / row['words'] for row in asked]):.3f} |")
+    top, others = (np.array([row["plain"] - row[name] for row in asked]) for name in ("without_top_2", "without_2_others"))
+    lines += ["", f"Copy similarity falls by {interval(top)} without the two words of highest score, by {interval(others)} without "
+              f"two others; difference {interval(top - others)}."]  # fmt: skip
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--work_dir", type=Path, default=Path("runs/significance"))
+    parser.add_argument("--out", type=Path, default=ROOT / "docs" / "results", help="directory of the tables")
+    parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS)
+    parser.add_argument("--processes", type=int, default=os.cpu_count())
+    parser.add_argument("--job", type=int, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    work = args.work_dir.resolve()
+    work.mkdir(parents=True, exist_ok=True)
+    if args.job is not None:
+        job(work, args.job)
+        return
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
+
+    def make(seed: int) -> None:
+        if not (work / f"rows-{seed}.json").exists():
+            subprocess.run([sys.executable, __file__, f"--job={seed}", f"--work_dir={work}"], cwd=ROOT, env=environment, check=True)
+
+    with ThreadPoolExecutor(args.processes) as pool:
+        list(pool.map(make, args.seeds))
+    rows = [row for seed in args.seeds for row in json.loads((work / f"rows-{seed}.json").read_text())]
+    args.out.mkdir(parents=True, exist_ok=True)
+    with (args.out / "significance.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, COLUMNS)
+        writer.writeheader()
+        writer.writerows([{k: round(v, 4) if isinstance(v, float) else v for k, v in row.items()} for row in rows])
+    text = f"`python benchmarks/significance.py`: {len(args.seeds)} models. Means (95% interval).\n\n{table(rows)}\n"
+    (args.out / "significance.md").write_text(text)
+    print(text)
+
+
+if __name__ == "__main__":
+    main()
