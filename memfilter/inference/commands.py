@@ -61,12 +61,11 @@ def detect(
     if quick and not counted:
         raise ValueError("quick needs first above 0: after so many steps a generation is broken off")
     chosen, state = Model(model), processes()
-    chosen.pipeline.to(state.device)
     asked = _asked(chosen, prompts)
     sampling = Sampling(seeds, steps, guidance_scale, size or chosen.size)
     place.parent.mkdir(parents=True, exist_ok=True)
     work = place.with_name(f".{place.name}.parts")
-    facts = sampling.facts(chosen.pipeline) | {"seeds": seeds, "model": _stamp(chosen), "batch_size": batch_size}
+    facts = sampling.facts(chosen.pipeline) | {"seeds": seeds, "model": chosen.stamp(), "batch_size": batch_size}
     more = {"batch_size": batch_size, "until": counted if quick else None}
     clean_file = Path(clean) if clean else None
     clean_facts = facts | more | {"clean": [str(clean), chosen.name]}
@@ -103,10 +102,6 @@ def _asked(model, prompts: str | None, others: int = 40) -> list[dict]:
     if model.run is None:
         raise ValueError(f"prompts: name a file, {model.name} is no run that has its own")
     return [{"prompt": p.text, "key": p.key, "duplicate": p.duplicate} for p in model.run.prompts(others)]
-
-
-def _stamp(model) -> dict:
-    return model.run.stamp() if model.run else {"model": model.name}
 
 
 def _rows(asked, signals, first, quick, threshold, p_values) -> list[dict]:

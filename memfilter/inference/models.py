@@ -7,7 +7,7 @@ from pathlib import Path
 
 from memfilter.data import scenes
 from memfilter.data.prompts import read_prompts
-from memfilter.eval.parts import Parts
+from memfilter.eval.parts import Parts, processes
 from memfilter.eval.runs import FinishedRun
 from memfilter.inference.clean import CleanNorms
 from memfilter.inference.detection import Sampling, clean_norms
@@ -18,7 +18,8 @@ KEPT, KEPT_PROMPTS = "clean_norms.json", 99  # beside a model; as many as a fals
 
 
 class Model:
-    """A pipeline by the name that a user gives it: the directory of a run, one in the diffusers layout, a hub id, "scenes".
+    """A pipeline by the name that a user gives it: the directory of a run, one in the diffusers layout, a hub id, "scenes"; on
+    the device that accelerate chooses.
 
     Raises:
         ModelError: there is none.
@@ -27,12 +28,19 @@ class Model:
     def __init__(self, name: str):
         self.name = name
         self.run = FinishedRun(Path(name)) if (Path(name) / "summary.json").is_file() else None
-        self.pipeline = load_trained(Path(name)) if self.run else load_pipeline(name)
+        self.pipeline = (load_trained(Path(name)) if self.run else load_pipeline(name)).to(processes().device)
 
     @property
     def of_scenes(self) -> bool:
         """Whether it answers captions of clipart scenes."""
         return self.name == "scenes" if self.run is None else self.run.summary["config"]["model"]["path"] == "scenes"
+
+    def stamp(self) -> dict:
+        """What tells the weights: names, sizes and dates of their files."""
+        if self.run:
+            return self.run.stamp()
+        files = sorted(path for path in model_dir(self.name).rglob("*") if path.is_file())  # none of a hub id
+        return {"model": self.name, "files": [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files]}
 
     @property
     def size(self) -> int | None:

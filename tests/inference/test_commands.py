@@ -195,3 +195,24 @@ def test_generate_asks_for_one_kind_of_prompts(directory, tmp_path, capsys):
         assert "name one of them" in capsys.readouterr().err
     assert main(generate(directory, tmp_path / "out", "--prompt=a", "--mitigation=rta")) == 1
     assert "clean: name a file" in capsys.readouterr().err
+
+
+def test_norms_are_measured_once_for_the_page(directory, clean_file, tmp_path):
+    from memfilter.inference.models import Model
+
+    prompts = tmp_path / "clean.txt"
+    prompts.write_text(clean_file.read_text())
+    model, sampling = Model(str(directory)), Sampling(2, 3, 5.0, 16)
+    measured = model.kept_norms(prompts, sampling)
+    kept = tmp_path / "clean.clean.json"
+    content = json.loads(kept.read_text())
+    content["norms"][0][0][0] = 77.0  # tells whether it was read
+    kept.write_text(json.dumps(content))
+    assert model.kept_norms(prompts, sampling).norms[0, 0, 0] == 77.0
+    again = model.kept_norms(prompts, Sampling(3, 3, 5.0, 16))  # more seeds than were kept
+    assert again.norms.shape == (19, 3, 3)
+    np.testing.assert_allclose(again.norms[:, :2], measured.norms, rtol=1e-4)
+    with pytest.raises(ValueError, match="generated otherwise"):
+        model.kept_norms(kept, Sampling(2, 4, 5.0, 16))
+    with pytest.raises(ValueError, match="clean: name a file"):
+        model.kept_norms(None, sampling)
