@@ -38,7 +38,7 @@ from memfilter.eval.results import read_figures
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "docs" / "results"
-REPORTED_SEEDS = (301, 302, 303, 304, 305)  # no setting was chosen by looking at them
+REPORTED_SEEDS = (311, 312, 313, 314, 315)  # no setting was chosen by looking at them
 SCENARIOS = {  # arguments of `memfilter prepare scenes`, samples seen
     "a": (("--repeats=200", "--distinct=2000"), 6000),
     "b": (("--repeats=200", "--distinct=150", "--distinct_repeats=20"), 7000),

@@ -5,7 +5,7 @@ cd "$(dirname "$0")/.."
 source launch/environment.sh
 export OMP_NUM_THREADS=1 # one core for each run
 
-for seed in 301 302 303; do
+for seed in 311 312 313; do
     of_seed="runs/clipart/a-$seed" # benchmarks/evidence.py has them there too
     [ -d "$of_seed/scenes" ] || memfilter prepare scenes "$of_seed/scenes" --seed="$seed" --duplicates=20 --repeats=200 --distinct=2000
     memfilter prepare groups "$of_seed/scenes"

@@ -93,11 +93,11 @@ def vary(scene: Scene, seed: int, stream: int, index: int) -> Scene:
 
 
 def near_copy(scene: Scene, seed: int, index: int) -> Scene:
-    """Nearly the same picture under nearly the same caption, as the web has them: shifted by up to 3% of the side, up to
-    5% larger or smaller, and with a poster number of its own."""
+    """Nearly the same picture under nearly the same caption, as the web has them: shifted by up to 1.5% of the side, up
+    to 3% larger or smaller, and with a poster number of its own."""
     rng = np.random.default_rng((seed, COPIES, index))
-    size = scene.size * rng.uniform(0.95, 1.05)
-    x, y = (float(np.clip(place + rng.uniform(-0.03, 0.03), size / 2, 1 - size / 2)) for place in (scene.x, scene.y))
+    size = scene.size * rng.uniform(0.97, 1.03)
+    x, y = (float(np.clip(place + rng.uniform(-0.015, 0.015), size / 2, 1 - size / 2)) for place in (scene.x, scene.y))
     return replace(scene, size=size, x=x, y=y, poster=int(rng.integers(1, 1000)))
 
 

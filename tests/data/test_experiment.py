@@ -77,7 +77,7 @@ def test_near_copies_share_repeats_under_keys_captions_and_pictures_of_their_own
     originals = np.stack([np.asarray(Shards.open(prepared).image(key)) for key in index.keys[:6]])
     alike = copy_similarity(pictures, originals[:, None])
     others = copy_similarity(pictures, originals[[1, 2, 3, 4, 5, 0]][:, None])
-    assert 0.6 < alike.min() and alike.max() < 1 and alike.min() > others.max()
+    assert 0.8 < alike.min() and (alike < 0.9999).mean() > 0.8 and alike.min() > others.max()
     captions = [shards.caption(key) for key in index.keys[:30]]
     assert len(set(captions)) > 25
     assert {re.sub(r", limited.*", "", caption) for caption in captions} == {
