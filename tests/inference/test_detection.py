@@ -10,7 +10,7 @@ from scipy import stats
 from memfilter.eval.copies import PIXELS
 from memfilter.eval.generate import Job, arguments_of, generate_batch
 from memfilter.inference import CleanNorms, Sampling, clean_norms, judge, measure_prompts, watch
-from memfilter.inference.detection import RIVALS, anisotropy, density, distances, own_loss, tiled_distance
+from memfilter.inference.rivals import RIVALS, anisotropy, density, distances, own_loss, tiled_distance
 
 SAMPLING = Sampling(seeds=3, steps=4, guidance_scale=5.0, size=16)
 PROMPTS = ["a red dog", "a cat on the moon", "a house", "<b>two</b> trees"]
@@ -153,15 +153,15 @@ def test_loss_at_a_known_noise(sd1):
     """Against the objective written out once more, at one timestep."""
     batch = [Job(0, PROMPTS[0], 0)]
     pictures = generate_batch(sd1, batch, *FORM)
-    from memfilter.inference import detection
+    from memfilter.inference import rivals
     from memfilter.inference.calls import first_calls
 
-    at = detection.LOSS_AT
+    at = rivals.LOSS_AT
     try:
-        detection.LOSS_AT = (300,)
+        rivals.LOSS_AT = (300,)
         found = own_loss(sd1, batch, pictures, FORM)
     finally:
-        detection.LOSS_AT = at
+        rivals.LOSS_AT = at
     with torch.no_grad():
         pixels = torch.from_numpy(pictures / 127.5 - 1).permute(0, 3, 1, 2).float()
         latents = sd1.vae.encode(pixels).latent_dist.mean * sd1.vae.config.scaling_factor

@@ -1,0 +1,72 @@
+"""What the norm is measured against: other methods to tell that a prompt is memorized, on the same generations."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import torch
+
+from memfilter.eval.generate import Job, arguments_of, generator_of
+from memfilter.functional import squared_error
+from memfilter.inference.calls import first_calls
+
+RIVALS = ("density_l2", "density_copies", "anisotropy", "loss")
+TILES = 4  # a side
+LOSS_AT = (100, 300, 500, 700)  # of 1000 timesteps
+
+
+def distances(pictures: np.ndarray, distance: Callable[[np.ndarray, np.ndarray], np.ndarray]) -> np.ndarray:
+    """Between all pictures of a prompt: uint8 [P, S, H, W, 3] -> [P, S, S]."""
+    count = pictures.shape[1]
+    found = np.zeros((len(pictures), count, count), np.float32)
+    for a, b in zip(*np.triu_indices(count, 1), strict=True):
+        found[:, a, b] = found[:, b, a] = distance(pictures[:, a], pictures[:, b])
+    return found
+
+
+def density(between: np.ndarray) -> np.ndarray:
+    """How near a prompt's pictures are to each other: [P, S, S] -> [P], less the mean distance of all pairs; NaN for one."""
+    first, second = np.triu_indices(between.shape[1], 1)
+    return -between[:, first, second].mean(1) if len(first) else np.full(len(between), np.nan)
+
+
+def tiled_distance(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """The largest l2 distance, root of a mean, among corresponding tiles: uint8 [N, H, W, 3] twice -> [N].
+
+    The tiles are `TILES` a side; a distance over the whole would find pictures alike for a background of one colour
+    (Carlini et al., 2023, section 4.2).
+    """
+    difference = (a.astype(np.float32) - b.astype(np.float32)) ** 2 / 255**2
+    rows = np.array_split(difference, TILES, axis=1)
+    tiles = [tile.mean(axis=(1, 2, 3)) for row in rows for tile in np.array_split(row, TILES, axis=2)]
+    return np.sqrt(np.max(tiles, axis=0))
+
+
+def anisotropy(norm: np.ndarray, cosine: np.ndarray) -> np.ndarray:
+    """Norm at high noise plus cosine at low noise (Asthana and Belagiannis, ICLR 2026), each over its standard deviation
+    among these prompts, since the two have no unit in common. [P] twice -> [P]"""
+    return sum(values / max(float(np.nanstd(values)), 1e-12) for values in (norm, cosine))
+
+
+@torch.no_grad()
+def own_loss(pipeline, batch: list[Job], pictures: np.ndarray, form: tuple) -> np.ndarray:
+    """Loss of the conditional prediction for the model's own pictures, mean over `LOSS_AT`. uint8 [B, H, W, 3] -> [B]"""
+    call, vae, scheduler = first_calls(pipeline, 1, **arguments_of(batch, *form))[0], pipeline.vae, pipeline.scheduler
+    pixels = torch.from_numpy(pictures).permute(0, 3, 1, 2).to(vae.device, vae.dtype) / 127.5 - 1
+    latents = (vae.encode(pixels).latent_dist.mean - (vae.config.shift_factor or 0)) * vae.config.scaling_factor
+    noise = torch.cat([torch.randn(1, *latents.shape[1:], generator=generator_of(job)) for job in batch]).to(latents)
+    total = scheduler.config.num_train_timesteps
+    losses = []
+    for at in LOSS_AT:
+        timestep = torch.tensor(at * total // 1000)
+        abar = scheduler.alphas_cumprod[timestep].to(latents)
+        noisy = abar.sqrt() * latents + (1 - abar).sqrt() * noise
+        pred = pipeline.unet(noisy, timestep.to(latents.device), **call.cond | {"return_dict": False})[0]
+        target = {
+            "epsilon": noise,
+            "v_prediction": abar.sqrt() * noise - (1 - abar).sqrt() * latents,
+            "sample": latents,
+        }[scheduler.config.prediction_type]
+        losses.append(squared_error(pred, target))
+    return torch.stack(losses).mean(0).float().cpu().numpy()
