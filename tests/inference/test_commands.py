@@ -216,3 +216,13 @@ def test_norms_are_measured_once_for_the_page(directory, clean_file, tmp_path):
         model.kept_norms(kept, Sampling(2, 4, 5.0, 16))
     with pytest.raises(ValueError, match="clean: name a file"):
         model.kept_norms(None, sampling)
+
+
+def test_embedded_model_comes_with_norms_that_are_its_own():
+    from memfilter.inference.models import Model
+
+    model = Model("scenes")
+    kept = model.kept_norms(None, Sampling(4, 20, 7.5, model.size))  # those of the page
+    assert kept.norms.shape == (99, 4, 20) and kept.threshold(0.01, seeds=4) > kept.metric(seeds=4).max()
+    again = measure_prompts(model.pipeline, model.clean_prompts(None, 2), Sampling(4, 20, 7.5), until=3, progress=False)
+    np.testing.assert_allclose(kept.norms[:2, :, :3], again.norms, rtol=1e-3)
