@@ -275,6 +275,9 @@ def main(argv: list[str] | None = None) -> int:
         auto_cli(commands, args=argv, prog="memfilter", as_positional=True)
     except (ValueError, OSError) as error:
         return report_error(error)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130  # as shells have it
     return 0
 
 

@@ -221,12 +221,14 @@ def test_sweep_that_was_killed_goes_on_and_a_run_that_fails_fails_it(sweep, tmp_
 
 def test_stopping_the_sweep_stops_its_runs(sweep, tmp_path):
     command = [sys.executable, "-m", "memfilter.cli", "sweep", sweep("runs", samples=80_000), "--out", tmp_path / "out"]
-    process = subprocess.Popen(command, cwd=ROOT, env=ENVIRONMENT, stderr=subprocess.DEVNULL)
+    with (tmp_path / "errors").open("w") as errors:
+        process = subprocess.Popen(command, cwd=ROOT, env=ENVIRONMENT, stderr=errors)
     deadline = time.monotonic() + 120
     while not list(tmp_path.glob("runs/*/checkpoints/[0-9]*")) and time.monotonic() < deadline:
         time.sleep(0.1)
     children = psutil.Process(process.pid).children(recursive=True)
     assert children
     process.send_signal(signal.SIGTERM)
-    assert process.wait(timeout=60) != 0
+    assert process.wait(timeout=60) == 130
+    assert (tmp_path / "errors").read_text().endswith("interrupted\n") and "Traceback" not in (tmp_path / "errors").read_text()
     assert not psutil.wait_procs(children, timeout=30)[1]

@@ -18,10 +18,7 @@ from PIL import Image
 from scipy import stats
 
 from memfilter.cli import main
-from memfilter.eval import sweep_report_charts as charts
-from memfilter.eval import sweep_report_data as data
-from memfilter.eval import sweep_report_drawing as drawing
-from memfilter.eval.sweep_report import CHARTS, PROMPTS, SHOTS, SIDE, gallery, write_sweep_report
+from memfilter.eval.sweep_report import CHARTS, PROMPTS, SHOTS, SIDE, charts, data, drawing, gallery, write_sweep_report
 
 COLUMNS = ["method", "setting", "seed", *data.FIGURES, "run"]
 HOSTILE = [

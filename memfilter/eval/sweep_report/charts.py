@@ -1,4 +1,4 @@
-"""The charts of a sweep: what is drawn is said here, once; sweep_report_drawing.py draws it for the page and for files."""
+"""The charts of a sweep: what is drawn is said here, once; drawing.py draws it for the page and for files."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import pandas as pd
 
 from memfilter.eval.charts import BIN, GROUPS
-from memfilter.eval.sweep_report_data import FIGURES, over_seeds, settings_of
+from memfilter.eval.sweep_report.data import FIGURES, over_seeds, settings_of
 
 
 @dataclass

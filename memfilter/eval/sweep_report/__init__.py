@@ -11,11 +11,9 @@ import pandas as pd
 from PIL import Image
 
 from memfilter.data.shards import printable
-from memfilter.eval import sweep_report_charts as charts
-from memfilter.eval import sweep_report_data as data
-from memfilter.eval import sweep_report_drawing as drawing
 from memfilter.eval.report import render, write_page
-from memfilter.eval.sweep_report_data import FIGURES
+from memfilter.eval.sweep_report import charts, data, drawing
+from memfilter.eval.sweep_report.data import FIGURES
 from memfilter.files import atomic
 from memfilter.pictures import data_url
 

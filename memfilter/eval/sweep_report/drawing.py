@@ -13,8 +13,8 @@ from markupsafe import Markup
 
 from memfilter.data.shards import printable
 from memfilter.eval.charts import as_html, blank
-from memfilter.eval.sweep_report_charts import COUNT, PERCENT, Axis, Chart, Line, Panel
-from memfilter.eval.sweep_report_data import NONE, ORACLE
+from memfilter.eval.sweep_report.charts import COUNT, PERCENT, Axis, Chart, Line, Panel
+from memfilter.eval.sweep_report.data import NONE, ORACLE
 from memfilter.files import atomic
 
 MARKED = (NONE, ORACLE)
