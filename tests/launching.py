@@ -72,7 +72,7 @@ def run(
             _forks.Process(target=_rank, args=(str(script), list(map(str, settings)), variables | place | rank, log.name))
             for rank in ranks
         ]
-        with _environment(OMP_NUM_THREADS="1", DS_ACCELERATOR="cpu"):  # of the process that they are forked from
+        with _environment(**_PRELOADED):
             for process in forked:
                 process.start()
         end, late = time.monotonic() + seconds, False
@@ -89,6 +89,8 @@ def run(
     return output
 
 
+# environment of the process that others are forked from, for what is read when a library is imported
+_PRELOADED = {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "TRANSFORMERS_VERBOSITY": "error", "DIFFUSERS_VERBOSITY": "error"}
 _forks = multiprocessing.get_context("forkserver")
 _forks.set_forkserver_preload(["memfilter.cli", "memfilter.train.loop", "transformers", "diffusers", "launching"])
 
@@ -109,6 +111,7 @@ def _rank(script: str, settings: list[str], variables: dict[str, str], log: str)
         if script == "-m":
             script, *settings = settings
             sys.argv = [script, *settings]
+            sys.modules.pop(script, None)  # it is preloaded, and is to run
             runpy.run_module(script, run_name="__main__", alter_sys=True)
         else:
             sys.argv = [script, *settings]
