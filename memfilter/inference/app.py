@@ -56,7 +56,6 @@ class Studio:
 
     def __init__(self, model: Model, clean: CleanNorms, sampling: Sampling, false_positive_rate: float = 0.01):
         self.model, self.clean, self.sampling = model, clean, sampling
-        self.false_positive_rate = false_positive_rate
         self.threshold = clean.threshold(false_positive_rate, None, sampling.seeds)
         self.usual = float(clean.band((0.5,))[0, 0])  # norm of the first step
         self._training = self._pictures_of_the_run()
@@ -159,7 +158,8 @@ def build(studio: Studio) -> gr.Blocks:
         found = studio.look(prompt, how)
         instead = gr.update(value="\n".join(found.made.shown), visible=how.kind == "rta")
         return (before, prompt, studio.shown(prompt, before), in_words(before, studio.clean),
-                figure_of(found, studio.clean, before), pieces(before.words), list(found.made.pictures), in_words(found, studio.clean), instead)  # fmt: skip
+                figure_of(found, studio.clean, before), pieces(before.words), list(found.made.pictures),
+                in_words(found, studio.clean), instead)  # fmt: skip
 
     def drop(prompt: str, event: gr.SelectData):
         return without_word(prompt, int(event.index[0] if isinstance(event.index, list | tuple) else event.index))
@@ -195,9 +195,9 @@ def build(studio: Studio) -> gr.Blocks:
 
 
 def serve(
-    model: Model, clean: CleanNorms, sampling: Sampling, false_positive_rate: float, host: str, port: int, block: bool = True
-) -> str:
-    """Opens the page and stays until it is stopped (``block``); returns its address.
+    model: Model, clean: CleanNorms, sampling: Sampling, false_positive_rate: float, host: str, port: int
+) -> None:
+    """Opens the page, says where, and stays until it is stopped.
 
     Raises:
         ValueError: the port is taken, or a false positive rate that the clean prompts do not carry.
@@ -213,6 +213,4 @@ def serve(
     except OSError as error:
         raise ValueError(f"host, port: {host}:{port} cannot be listened at ({error})") from error
     print(f"{model.name}: {address}", flush=True)
-    if block:
-        page.block_thread()
-    return address
+    page.block_thread()

@@ -1,4 +1,4 @@
-"""``memfilter detect``, ``explain`` and ``generate``."""
+"""``memfilter detect``, ``explain``, ``generate`` and ``app``."""
 
 from __future__ import annotations
 
@@ -60,6 +60,10 @@ def detect(
         raise ValueError(f"out: {out} must end in one of {', '.join(SUFFIXES)}")
     if quick and not counted:
         raise ValueError("quick needs first above 0: after so many steps a generation is broken off")
+    if counted and counted > steps:
+        raise ValueError(f"first is {first}, more than steps, which is {steps}")
+    if quick and rivals:
+        raise ValueError("rivals need whole generations: leave quick out")
     chosen, state = Model(model), processes()
     asked = _asked(chosen, prompts)
     sampling = Sampling(seeds, steps, guidance_scale, size or chosen.size)

@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from memfilter.eval.generate import Job, arguments_of, generator_of
+from memfilter.eval.generate import Job, arguments_of
 from memfilter.files import atomic
 from memfilter.inference.calls import first_calls
 from memfilter.inference.detection import Sampling
@@ -62,7 +62,7 @@ def generate_prompt(pipeline, prompt: str, sampling: Sampling, how: Mitigation, 
     first, changed, arguments = None, False, arguments_of(jobs, *form)
     if how.kind != "none":
         with watch(pipeline) as seen:
-            first_calls(pipeline, 1, **arguments_of(jobs, *form))
+            first_calls(pipeline, 1, **arguments_of(jobs, *form))  # its generators are spent by it
         first = seen.norms[:, 0].numpy()
         changed = how.threshold is None or float(first.mean()) >= how.threshold
     if changed and how.kind == "rta":
@@ -71,7 +71,6 @@ def generate_prompt(pipeline, prompt: str, sampling: Sampling, how: Mitigation, 
     elif changed:
         adjusted = adjust_prompt(pipeline, jobs, how.target, sampling)
         arguments = {name: value for name, value in arguments.items() if name != "prompt"} | adjusted.arguments()
-        arguments["generator"] = [generator_of(job) for job in jobs]
     with watch(pipeline) as seen:
         images = pipeline(**arguments).images
     norms = seen.norms.numpy()

@@ -98,6 +98,7 @@ def test_two_processes_find_what_one_does(directory, clean_file, files):
         (["--clean=absent.json"], "no norms of clean prompts"),
         (["--false_positive_rate=0.01"], "needs 99 clean prompts at least, there are 19"),
         (["--false_positive_rate=1"], "between 0 and 1, found 1"),
+        (["--first=4"], "first is 4, more than steps, which is 3"),
         (["--guidance_scale=1"], "guidance_scale must be above 1"),
         (["--rivals=[magic]"], "unknown rival magic"),
         (["--quick=true", "--rivals=[loss]"], "rivals need whole generations"),
