@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from memfilter.functional import noise_factor
+from memfilter.functional import noise_factor, text_norm
 
 
 class UnguidedError(ValueError):
@@ -44,6 +44,11 @@ class Call:
         size = len(sample)
         timesteps = _half(timestep, 1, size)
         return cls(_half(sample, 1, size), timesteps, _half(named, 1, size), _half(named, 0, size), *pred.chunk(2)[::-1])
+
+    def norm(self, scheduler, cond_pred: Tensor | None = None) -> Tensor:
+        """Of the text-conditional noise prediction, [B], perhaps with another prediction for the prompt."""
+        pred = self.cond_pred if cond_pred is None else cond_pred
+        return text_norm(pred, self.null_pred) * abs(factor_at(scheduler, self.timestep))
 
     def cond_again(self, unet: nn.Module, prompt_embeds: Tensor | None = None) -> Tensor:
         """The prediction for the prompt, [B, C, H, W], made again, perhaps with other embeddings of it."""

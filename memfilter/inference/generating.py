@@ -61,9 +61,8 @@ def generate_prompt(pipeline, prompt: str, sampling: Sampling, how: Mitigation, 
     form = (sampling.steps, sampling.guidance_scale, sampling.size)
     first, changed, arguments = None, False, arguments_of(jobs, *form)
     if how.kind != "none":
-        with watch(pipeline) as seen:
-            first_calls(pipeline, 1, **arguments_of(jobs, *form))  # its generators are spent by it
-        first = seen.norms[:, 0].numpy()
+        call = first_calls(pipeline, 1, **arguments_of(jobs, *form))[0]  # which spends its generators
+        first = call.norm(pipeline.scheduler).float().cpu().numpy()
         changed = how.threshold is None or float(first.mean()) >= how.threshold
     if changed and how.kind == "rta":
         jobs = [job._replace(prompt=add_random_tokens(pipeline.tokenizer, job, how.tokens)) for job in jobs]

@@ -11,8 +11,7 @@ from torch import Tensor
 from memfilter.config import MitigationConfig
 from memfilter.data.captions import caption_change
 from memfilter.eval.generate import Job, arguments_of
-from memfilter.functional import text_norm
-from memfilter.inference.calls import factor_at, first_calls
+from memfilter.inference.calls import first_calls
 from memfilter.inference.detection import Sampling
 from memfilter.inference.significance import embedding_gradient, frozen
 
@@ -85,8 +84,7 @@ def adjust_prompt(
             embeds.copy_(torch.where(going_on[:, None, None], embeds, held))  # momentum moves what has no gradient too
             made += going_on.cpu()
     with torch.no_grad():
-        factor = abs(factor_at(pipeline.scheduler, call.timestep))
-        after = text_norm(call.cond_again(pipeline.unet, embeds), call.null_pred) * factor
+        after = call.norm(pipeline.scheduler, call.cond_again(pipeline.unet, embeds))
     added = {half: (getattr(call, half).get("added_cond_kwargs") or {}).get("text_embeds") for half in ("cond", "null")}
     names = {"pooled_prompt_embeds": added["cond"], "negative_pooled_prompt_embeds": added["null"]}
     pooled = {name: value for name, value in names.items() if value is not None}

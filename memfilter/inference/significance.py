@@ -11,8 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from memfilter.eval.generate import Job, arguments_of
-from memfilter.functional import text_norm
-from memfilter.inference.calls import Call, factor_at, first_calls
+from memfilter.inference.calls import Call, first_calls
 from memfilter.inference.detection import Sampling
 
 
@@ -72,9 +71,7 @@ def embedding_gradient(pipeline, call: Call, prompt_embeds: Tensor | None = None
     embeds = (call.cond["encoder_hidden_states"] if prompt_embeds is None else prompt_embeds).detach().clone()
     with torch.enable_grad():
         embeds.requires_grad_()
-        norm = text_norm(call.cond_again(pipeline.unet, embeds), call.null_pred) * abs(
-            factor_at(pipeline.scheduler, call.timestep)
-        )
+        norm = call.norm(pipeline.scheduler, call.cond_again(pipeline.unet, embeds))
         (gradient,) = torch.autograd.grad(norm.sum(), embeds)  # samples do not meet, so each row is its own gradient
     return norm.detach(), gradient
 
