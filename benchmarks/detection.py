@@ -17,18 +17,13 @@ threshold below 1%, as in the paper's code; seconds of one CPU core for one prom
 from __future__ import annotations
 
 import argparse
-import csv
 import json
-import os
-import subprocess
-import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
+from common import call, mean, parser, share, write_csv
 
-ROOT = Path(__file__).resolve().parent.parent
 SEEDS = (401, 402, 403)  # nothing was chosen by looking at them
 STEPS, GUIDANCE = 20, 4.0  # as `memfilter evaluate` has it
 NEGATIVE, OF_MANY, MANY = 500, 60, 32
@@ -39,23 +34,14 @@ COLUMNS = ["method", "steps", "n", "seed", "auc", "tpr_at_1pct_fpr", "seconds", 
 def fine_tune(work: Path, seed: int) -> Path:
     run, scenes = work / f"run-{seed}", work / f"scenes-{seed}"
     if not scenes.exists():
-        _call(work, "-m", "memfilter.cli", "prepare", "scenes", scenes, f"--seed={seed}")
+        call(work / "log", "-m", "memfilter.cli", "prepare", "scenes", scenes, f"--seed={seed}")
     if not (run / "summary.json").exists():
-        _call(work, "train_filtered.py", "--config", "configs/quickstart.yaml", f"--data.path={scenes}", f"--run_dir={run}",
+        call(work / "log", "train_filtered.py", "--config", "configs/quickstart.yaml", f"--data.path={scenes}", f"--run_dir={run}",
               f"--train.seed={seed}", "--filter.tau=null", "--checkpoint.every=4000", "--checkpoint.resume=true",
               "--log.gallery=0")  # fmt: skip
     if not (run / "evaluation.json").exists():
-        _call(work, "-m", "memfilter.cli", "evaluate", run, "--distinct=20", f"--steps={STEPS}", f"--guidance_scale={GUIDANCE}")
+        call(work / "log", "-m", "memfilter.cli", "evaluate", run, "--distinct=20", f"--steps={STEPS}", f"--guidance_scale={GUIDANCE}")
     return run
-
-
-def _call(work: Path, *words) -> None:
-    work.mkdir(parents=True, exist_ok=True)
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
-    with (work / "log").open("a") as log:
-        done = subprocess.run([sys.executable, *map(str, words)], cwd=ROOT, env=environment, stdout=log, stderr=log)
-    if done.returncode:
-        raise SystemExit(f"{' '.join(map(str, words[:4]))} failed, see {work / 'log'}")
 
 
 def verified(run: Path) -> list[str]:
@@ -122,29 +108,19 @@ def seconds(pipeline, prompts: list[str], repeats: int = 3) -> dict[tuple[str, s
 
 
 def table(rows: list[dict]) -> str:
-    """Means over models ± half of the 95% interval."""
-    from scipy import stats
-
     lines = ["| method | steps | n | models | AUC | TPR at 1% FPR | seconds |", "|---" * 7 + "|"]
     for method, steps, n in dict.fromkeys((row["method"], row["steps"], row["n"]) for row in rows):
         chosen = [row for row in rows if (row["method"], row["steps"], row["n"]) == (method, steps, n)]
-        cells = []
-        for name in ("auc", "tpr_at_1pct_fpr", "seconds"):
-            values = np.array([float(row[name]) for row in chosen])
-            half = stats.t.ppf(0.975, len(values) - 1) * values.std(ddof=1) / len(values) ** 0.5 if len(values) > 1 else np.nan
-            cells.append(f"{values.mean():.2f}" if name == "seconds" else f"{values.mean():.3f} ± {half:.3f}")
-        lines.append(f"| {method} | {steps} | {n} | {len(chosen)} | {' | '.join(cells)} |")
+        auc, tpr = (mean(row[name] for row in chosen) for name in ("auc", "tpr_at_1pct_fpr"))
+        seconds = np.mean([row["seconds"] for row in chosen])
+        lines.append(f"| {method} | {steps} | {n} | {len(chosen)} | {auc} | {tpr} | {seconds:.2f} |")
     return "\n".join(lines)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--work_dir", type=Path, default=Path("runs/detection"))
-    parser.add_argument("--out", type=Path, default=ROOT / "docs" / "results", help="directory of the table")
-    parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS)
-    parser.add_argument("--processes", type=int, default=os.cpu_count())
-    parser.add_argument("--job", type=int, help=argparse.SUPPRESS)
-    args = parser.parse_args()
+    options = parser(__doc__, "runs/detection", SEEDS)
+    options.add_argument("--job", type=int, help=argparse.SUPPRESS)
+    args = options.parse_args()
     work = args.work_dir.resolve()
     if args.job is not None:
         job(work, args.job)
@@ -153,17 +129,12 @@ def main() -> None:
 
     def make(seed: int) -> None:
         if not (work / f"rows-{seed}.json").exists():
-            _call(work, __file__, f"--job={seed}", f"--work_dir={work}")
+            call(work / "log", __file__, f"--job={seed}", f"--work_dir={work}")
         rows.extend(json.loads((work / f"rows-{seed}.json").read_text()))
         rows.sort(key=lambda row: (row["n"], row["seed"]))
-        args.out.mkdir(parents=True, exist_ok=True)
-        with (args.out / "detection.csv").open("w", newline="") as file:
-            writer = csv.DictWriter(file, COLUMNS)
-            writer.writeheader()
-            writer.writerows(rows)
+        write_csv(args.out / "detection.csv", COLUMNS, rows)
 
-    with ThreadPoolExecutor(args.processes) as pool:
-        list(pool.map(make, args.seeds))
+    share(args.processes, make, args.seeds)
     text = f"`python benchmarks/detection.py`: {len(args.seeds)} models. Means ± half of the 95% interval.\n\n{table(rows)}\n"
     (args.out / "detection.md").write_text(text)
     print(text)

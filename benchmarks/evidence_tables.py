@@ -14,9 +14,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-from scipy import stats
+from common import RESULTS, ROOT, half_width, mean
 
-ROOT = Path(__file__).resolve().parent.parent
 NAMES = {
     "a": "(a) 20 duplicates shown 200 times, 2,000 others once",
     "b": "(b) 20 shown 200 times, 150 others 20 times",
@@ -50,19 +49,11 @@ class Table:
         return np.array([float(self.rows[scenario, *setting, seed][figure]) for seed in seeds])
 
 
-def half_width(values: np.ndarray) -> float:
-    """Of the 95% interval of the mean, by Student's t."""
-    if len(values) < 2:
-        return float("nan")
-    return float(stats.t.ppf(0.975, len(values) - 1) * values.std(ddof=1) / len(values) ** 0.5)
-
-
 def overview(table: Table, scenario: str) -> list[str]:
     lines = ["| method | setting | seeds | " + " | ".join(f.replace("_", " ") for f in FIGURES) + " |", "|---" * 12 + "|"]
     for setting in table.settings:
         if seeds := table.seeds(scenario, setting):
-            values = [table.of(scenario, setting, figure) for figure in FIGURES]
-            cells = [f"{v.mean():.3f} ± {half_width(v):.3f}" for v in values]
+            cells = [mean(table.of(scenario, setting, figure)) for figure in FIGURES]
             lines.append(f"| {setting[0]} | {setting[1]} | {len(seeds)} | " + " | ".join(cells) + " |")
     return lines
 
@@ -218,7 +209,7 @@ def write(results: Path, work: Path) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work_dir", type=Path, default=Path("runs/clipart"), help="of benchmarks/evidence.py")
-    parser.add_argument("--out", type=Path, default=ROOT / "docs" / "results", help="directory of the tables")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="directory of the tables")
     args = parser.parse_args()
     print(write(args.out, args.work_dir))
 

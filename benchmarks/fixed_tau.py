@@ -10,19 +10,15 @@ docs/results/fixed_tau.md and are printed.
 
 from __future__ import annotations
 
-import argparse
 import csv
 import hashlib
 import json
-import os
 import shutil
-import subprocess
-import sys
 import threading
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
+from common import ROOT, call, parser, share, write_csv
 
 REPORTED_SEEDS = (101, 102, 103)  # no setting was chosen by looking at them
 TAUS = ("3", "4", "5", "6", "7")
@@ -32,7 +28,6 @@ COLUMNS = ["recipe", "setting", "seed", *(f"{f}_{k}" for f in FIGURES for k in K
            "seconds"]  # fmt: skip
 PREPARE = ("--duplicates=20", "--repeats=500", "--distinct=6000")
 EVALUATE = ("--distinct=40", "--seeds=4", "--steps=20", "--guidance_scale=4")
-ROOT = Path(__file__).resolve().parent.parent
 
 
 def recipe() -> str:
@@ -46,12 +41,13 @@ def recipe() -> str:
 def run(work: Path, seed: int, tau: str) -> dict:
     """Trains and evaluates one setting; its row of the table."""
     out = work / f"seed{seed}" / ("none" if tau == "null" else f"tau{tau}")
+    log = out.with_name(f"{out.name}.log")
     if not (out / "summary.json").exists():
         shutil.rmtree(out, ignore_errors=True)
-        _call(out, "train_filtered.py", "--config", "configs/quickstart.yaml", f"--run_dir={out}",
+        call(log, "train_filtered.py", "--config", "configs/quickstart.yaml", f"--run_dir={out}",
               f"--data.path={_scenes(work, seed)}", f"--filter.tau={tau}", f"--train.seed={seed}")  # fmt: skip
     if not (out / "evaluation.json").exists():
-        _call(out, "-m", "memfilter.cli", "evaluate", str(out), *EVALUATE)
+        call(log, "-m", "memfilter.cli", "evaluate", out, *EVALUATE)
     summary, evaluation = (json.loads((out / f"{name}.json").read_text()) for name in ("summary", "evaluation"))
     row = {"recipe": recipe(), "setting": setting(tau), "seed": seed}
     row |= {f"{f}_{k}": round(evaluation[k][f], 4) for f in FIGURES for k in KINDS}
@@ -77,25 +73,6 @@ def read_rows(path: Path) -> list[dict]:
     return [{k: v if k in ("recipe", "setting") else float(v) for k, v in row.items()} for row in rows]
 
 
-def write_rows(path: Path, rows: list[dict]) -> None:
-    partial = path.with_name(f".{path.name}.partial")
-    with partial.open("w", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS)
-        writer.writeheader()
-        writer.writerows(row | {"seed": int(row["seed"]), "seconds": int(row["seconds"])} for row in rows)
-    partial.replace(path)
-
-
-def _call(out: Path, *arguments: str) -> None:
-    out.parent.mkdir(parents=True, exist_ok=True)
-    log = out.with_suffix(out.suffix + ".log")
-    with log.open("a") as file:
-        environment = os.environ | {"OMP_NUM_THREADS": "1"}
-        code = subprocess.run([sys.executable, *arguments], cwd=ROOT, stdout=file, stderr=file, env=environment)
-    if code.returncode:
-        raise SystemExit(f"{out} failed, see {log}")
-
-
 def table(rows: list[dict]) -> str:
     """Markdown: mean and standard deviation over seeds of every figure, one line per setting."""
     shown = [c for c in COLUMNS if c not in ("recipe", "setting", "seed")]
@@ -112,33 +89,26 @@ def table(rows: list[dict]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--work_dir", type=Path, default=Path("runs/fixed_tau"))
-    parser.add_argument("--out", type=Path, default=ROOT / "docs" / "results", help="directory of the tables")
-    parser.add_argument("--seeds", type=int, nargs="+", default=REPORTED_SEEDS)
-    parser.add_argument("--taus", nargs="+", default=TAUS)
-    parser.add_argument("--processes", type=int, default=os.cpu_count())
-    args = parser.parse_args()
+    options = parser(__doc__, "runs/fixed_tau", REPORTED_SEEDS)
+    options.add_argument("--taus", nargs="+", default=TAUS)
+    args = options.parse_args()
     work, table_path = args.work_dir.resolve() / recipe(), args.out / "fixed_tau.csv"
-    args.out.mkdir(parents=True, exist_ok=True)
     order = [setting(tau) for tau in ("null", *args.taus)]
     rows, lock = read_rows(table_path), threading.Lock()
     known = {(row["setting"], int(row["seed"])) for row in rows}
     jobs = [(s, t) for s in args.seeds for t in ("null", *args.taus) if (setting(t), s) not in known]
     for seed in {seed for seed, _ in jobs}:
         if not _scenes(work, seed).exists():
-            _call(_scenes(work, seed), "-m", "memfilter.cli", "prepare", "scenes", str(_scenes(work, seed)),
-                  f"--seed={seed}", *PREPARE)  # fmt: skip
+            call(work / "scenes.log", "-m", "memfilter.cli", "prepare", "scenes", _scenes(work, seed), f"--seed={seed}", *PREPARE)
 
     def finish(job: tuple[int, str]) -> None:
         row = run(work, *job)
         with lock:
             rows.append(row)
             rows.sort(key=lambda r: (order.index(r["setting"]) if r["setting"] in order else -1, r["seed"]))
-            write_rows(table_path, rows)
+            write_csv(table_path, COLUMNS, [row | {"seed": int(row["seed"]), "seconds": int(row["seconds"])} for row in rows])
 
-    with ThreadPoolExecutor(args.processes) as pool:
-        list(pool.map(finish, jobs))
+    share(args.processes, finish, jobs)
     text = table(rows)
     (args.out / "fixed_tau.md").write_text(text + "\n")
     print(text)

@@ -14,18 +14,13 @@ models with 95% intervals (Student's t), docs/results/mitigation.png the curves.
 from __future__ import annotations
 
 import argparse
-import csv
 import json
-import os
-import subprocess
-import sys
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
+from common import call, mean, parser, share, write_csv
 from detection import GUIDANCE, SEEDS, STEPS, fine_tune, verified
 
-ROOT = Path(__file__).resolve().parent.parent
 SETTINGS = [("none", 0.0)] + [("prompt", t) for t in (1.0, 2.0, 3.0, 4.0, 5.0)] + [("rta", n) for n in (1, 2, 4, 6, 8)]
 COLUMNS = ["method", "setting", "seed", "memorization_rate", "copy_similarity", "agreement_duplicates", "agreement_distinct",
            "first_norm", "duplicates", "distinct"]  # fmt: skip
@@ -67,18 +62,11 @@ def job(work: Path, seed: int) -> None:
 
 
 def table(rows: list[dict]) -> str:
-    from scipy import stats
-
     names = COLUMNS[3:8]
     lines = ["| method | setting | models | " + " | ".join(name.replace("_", " ") for name in names) + " |", "|---" * 8 + "|"]
     for method, setting in SETTINGS:
-        chosen = [row for row in rows if (row["method"], row["setting"]) == (method, setting)]
-        cells = []
-        for name in names:
-            values = np.array([row[name] for row in chosen])
-            half = stats.t.ppf(0.975, len(values) - 1) * values.std(ddof=1) / len(values) ** 0.5 if len(values) > 1 else np.nan
-            cells.append(f"{values.mean():.3f} ± {half:.3f}")
-        if chosen:
+        if chosen := [row for row in rows if (row["method"], row["setting"]) == (method, setting)]:
+            cells = [mean(row[name] for row in chosen) for name in names]
             lines.append(f"| {method} | {setting or ''} | {len(chosen)} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
@@ -105,27 +93,18 @@ def draw(rows: list[dict], out: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--work_dir", type=Path, default=Path("runs/detection"))
-    parser.add_argument("--out", type=Path, default=ROOT / "docs" / "results", help="directory of the tables")
-    parser.add_argument("--processes", type=int, default=os.cpu_count())
-    parser.add_argument("--job", type=int, help=argparse.SUPPRESS)
-    args = parser.parse_args()
+    options = parser(__doc__, "runs/detection", SEEDS)
+    options.add_argument("--job", type=int, help=argparse.SUPPRESS)
+    args = options.parse_args()
     work = args.work_dir.resolve()
     if args.job is not None:
         job(work, args.job)
         return
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
-    commands = [[sys.executable, __file__, f"--job={seed}", f"--work_dir={work}"] for seed in SEEDS]
-    with ThreadPoolExecutor(args.processes) as pool:
-        list(pool.map(lambda command: subprocess.run(command, cwd=ROOT, env=environment, check=True), commands))
-    rows = [row for seed in SEEDS for row in json.loads((work / f"mitigation-{seed}.json").read_text())]
+    share(args.processes, lambda seed: call(work / "log", __file__, f"--job={seed}", f"--work_dir={work}"), args.seeds)
+    rows = [row for seed in args.seeds for row in json.loads((work / f"mitigation-{seed}.json").read_text())]
     rows.sort(key=lambda row: SETTINGS.index((row["method"], row["setting"])))
-    with (args.out / "mitigation.csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS)
-        writer.writeheader()
-        writer.writerows([{k: round(v, 4) if isinstance(v, float) else v for k, v in row.items()} for row in rows])
-    text = f"`python benchmarks/mitigation.py`: {len(SEEDS)} models. Means ± half of the 95% interval.\n\n{table(rows)}\n"
+    write_csv(args.out / "mitigation.csv", COLUMNS, rows)
+    text = f"`python benchmarks/mitigation.py`: {len(args.seeds)} models. Means ± half of the 95% interval.\n\n{table(rows)}\n"
     (args.out / "mitigation.md").write_text(text)
     draw(rows, args.out / "mitigation.png")
     print(text)

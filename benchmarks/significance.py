@@ -20,19 +20,14 @@ The table goes to docs/results/significance.csv and .md. Runs are kept, and the 
 from __future__ import annotations
 
 import argparse
-import csv
 import json
-import os
 import random
-import subprocess
-import sys
 from collections import Counter
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
+from common import call, parser, share, write_csv
 
-ROOT = Path(__file__).resolve().parent.parent
 SEEDS = (411, 412, 413)  # nothing was chosen by looking at them
 DUPLICATES, KEYS, REPEATS, OTHERS, ALIKE = 20, 10, 50, 4000, 10
 STEPS, GUIDANCE, AT = 20, 4.0, range(20)  # gradients at all steps, as in the paper
@@ -102,12 +97,9 @@ def fine_tune(work: Path, seed: int) -> Path:
     prepare(folder, seed)
     if not (run / "summary.json").exists():
         samples = DUPLICATES * KEYS * REPEATS + OTHERS
-        words = ["train_filtered.py", "--config", "configs/quickstart.yaml", f"--data.path={folder}", f"--run_dir={run}",
-                 f"--train.seed={seed}", f"--train.samples={samples}", "--filter.tau=null", "--checkpoint.every=3500",
-                 "--checkpoint.resume=true", "--log.gallery=0"]  # fmt: skip
-        environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
-        with (work / "log").open("a") as log:
-            subprocess.run([sys.executable, *words], cwd=ROOT, env=environment, check=True, stdout=log, stderr=log)
+        call(work / "log", "train_filtered.py", "--config", "configs/quickstart.yaml", f"--data.path={folder}", f"--run_dir={run}",
+             f"--train.seed={seed}", f"--train.samples={samples}", "--filter.tau=null", "--checkpoint.every=3500",
+             "--checkpoint.resume=true", "--log.gallery=0")  # fmt: skip
     return run
 
 
@@ -177,32 +169,21 @@ def table(rows: list[dict]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--work_dir", type=Path, default=Path("runs/significance"))
-    parser.add_argument("--out", type=Path, default=ROOT / "docs" / "results", help="directory of the tables")
-    parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS)
-    parser.add_argument("--processes", type=int, default=os.cpu_count())
-    parser.add_argument("--job", type=int, help=argparse.SUPPRESS)
-    args = parser.parse_args()
+    options = parser(__doc__, "runs/significance", SEEDS)
+    options.add_argument("--job", type=int, help=argparse.SUPPRESS)
+    args = options.parse_args()
     work = args.work_dir.resolve()
-    work.mkdir(parents=True, exist_ok=True)
     if args.job is not None:
         job(work, args.job)
         return
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
 
-    def make(seed: int) -> None:
+    def make(seed: int) -> list[dict]:
         if not (work / f"rows-{seed}.json").exists():
-            subprocess.run([sys.executable, __file__, f"--job={seed}", f"--work_dir={work}"], cwd=ROOT, env=environment, check=True)
+            call(work / "log", __file__, f"--job={seed}", f"--work_dir={work}")
+        return json.loads((work / f"rows-{seed}.json").read_text())
 
-    with ThreadPoolExecutor(args.processes) as pool:
-        list(pool.map(make, args.seeds))
-    rows = [row for seed in args.seeds for row in json.loads((work / f"rows-{seed}.json").read_text())]
-    args.out.mkdir(parents=True, exist_ok=True)
-    with (args.out / "significance.csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS)
-        writer.writeheader()
-        writer.writerows([{k: round(v, 4) if isinstance(v, float) else v for k, v in row.items()} for row in rows])
+    rows = [row for of_seed in share(args.processes, make, args.seeds) for row in of_seed]
+    write_csv(args.out / "significance.csv", COLUMNS, rows)
     text = f"`python benchmarks/significance.py`: {len(args.seeds)} models. Means (95% interval).\n\n{table(rows)}\n"
     (args.out / "significance.md").write_text(text)
     print(text)

@@ -1,0 +1,73 @@
+"""What benchmarks share: processes of one thread, rows that survive an interruption, means with their intervals."""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+from scipy import stats
+
+from memfilter.files import atomic
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "docs" / "results"
+
+
+def parser(doc: str, work_dir: str, seeds: Sequence[int] | None = None) -> argparse.ArgumentParser:
+    """The arguments that all have."""
+    made = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    made.add_argument("--work_dir", type=Path, default=Path(work_dir), help="of what is kept to go on from")
+    made.add_argument("--out", type=Path, default=RESULTS, help="directory of the tables")
+    made.add_argument("--processes", type=int, default=os.cpu_count())
+    if seeds is not None:
+        made.add_argument("--seeds", type=int, nargs="+", default=seeds)
+    return made
+
+
+def call(log: Path, *words) -> None:
+    """Runs Python with these words from the project's directory, in one thread; what it prints is added to the log.
+
+    Raises:
+        SystemExit: it failed.
+    """
+    log.parent.mkdir(parents=True, exist_ok=True)
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
+    with log.open("a") as file:
+        done = subprocess.run([sys.executable, *map(str, words)], cwd=ROOT, env=environment, stdout=file, stderr=file)
+    if done.returncode:
+        raise SystemExit(f"{' '.join(map(str, words[:4]))} failed, see {log}")
+
+
+def share(processes: int, work: Callable, jobs: Iterable) -> list:
+    """Does every job, so many at a time; each is to spend its time in a process of its own."""
+    with ThreadPoolExecutor(processes) as pool:
+        return list(pool.map(work, jobs))
+
+
+def write_csv(path: Path, columns: Sequence[str], rows: Iterable[dict]) -> None:
+    """Four digits after the point."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with atomic(path) as partial, partial.open("w", newline="") as file:
+        writer = csv.DictWriter(file, columns)
+        writer.writeheader()
+        writer.writerows({k: round(v, 4) if isinstance(v, float) else v for k, v in row.items()} for row in rows)
+
+
+def half_width(values: np.ndarray) -> float:
+    """Of the 95% interval of the mean, by Student's t; NaN of one value."""
+    if len(values) < 2:
+        return float("nan")
+    return float(stats.t.ppf(0.975, len(values) - 1) * values.std(ddof=1) / len(values) ** 0.5)
+
+
+def mean(values: Iterable[float], digits: int = 3) -> str:
+    """With half of its interval."""
+    values = np.array([float(value) for value in values])
+    return f"{values.mean():.{digits}f} ± {half_width(values):.{digits}f}"
