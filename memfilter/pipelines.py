@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 from importlib.resources import files
@@ -88,6 +89,21 @@ def add_lora(unet, rank: int, alpha: float, targets: list[str], dtype: torch.dty
     except ValueError as error:
         raise ModelError(f"model.lora_targets: {' '.join(str(error).split())}") from error
     cast_training_params(unet, torch.float32)
+
+
+def weights_digest(*models: torch.nn.Module | None) -> str:
+    """Tells models by their weights, in whatever precision they are loaded: from the sha256 of names, shapes and
+    values in bf16. Adapters that do nothing yet are left out."""
+    digest = hashlib.sha256()
+    for model in models:
+        state = {} if model is None else model.state_dict()
+        for name in sorted(state, key=lambda name: name.replace(".base_layer", "")):
+            if "lora_" in name and not state[name.replace("lora_A", "lora_B")].any():
+                continue
+            values = state[name].detach().to("cpu", torch.bfloat16).contiguous().flatten()
+            digest.update(f"{name.replace('.base_layer', '')} {list(state[name].shape)}\n".encode())
+            digest.update(values.view(torch.uint8).numpy())
+    return digest.hexdigest()[:16]
 
 
 def load_trained(run_dir: Path):

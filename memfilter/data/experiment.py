@@ -32,11 +32,12 @@ class Experiment:
     repeats: np.ndarray  # int [N]
     contents: str = ""  # a manifest's fingerprint of pictures and captions
     groups: Sequence[str] | None = None  # of samples whose contents are near duplicates; None where nothing is known
+    distinct_left_out: float | None = None  # share of the distinct samples that de-duplication took for copies of others
 
     @classmethod
     def read(cls, path: str | os.PathLike) -> Experiment:
-        """From a Parquet file with the columns key, role (distinct or duplicate) and repeats, and perhaps group: an index
-        or a manifest.
+        """From a Parquet file with the columns key, role (distinct or duplicate; null throughout where nothing is known) and
+        repeats, and perhaps group: an index or a manifest.
 
         Raises:
             ValueError: a column is missing, a role is unknown, or a sample repeats less than once.
@@ -46,9 +47,10 @@ class Experiment:
             raise ValueError(f"index {path} lacks the columns {', '.join(sorted(missing))}")
         columns += ["group"] * ("group" in schema.names)
         table = pq.read_table(path, columns=columns, partitioning=None)
-        roles, repeats = np.array(table["role"].to_pylist()), table["repeats"].to_numpy()
-        if unknown := set(roles) - set(ROLES):
-            raise ValueError(f"index {path} has the roles {sorted(unknown)}: expected {' or '.join(ROLES)}")
+        roles, repeats = np.array(table["role"].to_pylist(), object), table["repeats"].to_numpy()
+        known = roles != None  # noqa: E711  elementwise
+        if unknown := set(roles) - set(ROLES) - ({None} if not known.any() else set()):
+            raise ValueError(f"index {path} has the roles {sorted(map(str, unknown))}: expected {' or '.join(ROLES)}")
         if (repeats < 1).any():
             raise ValueError(f"index {path} has a sample that repeats {repeats.min()} times: leave it out instead")
         try:
@@ -56,7 +58,8 @@ class Experiment:
         except (KeyError, TypeError, ValueError, RecursionError):  # no manifest; opening it refuses a broken one
             contents = ""
         groups = table["group"].to_pylist() if "group" in columns else None
-        return cls(table["key"].to_pylist(), roles == "duplicate", repeats, contents, groups)
+        duplicate = roles == "duplicate" if known.any() or not len(roles) else None
+        return cls(table["key"].to_pylist(), duplicate, repeats, contents, groups)
 
     @classmethod
     def of_shards(cls, shards: Shards) -> Experiment:
@@ -76,8 +79,10 @@ class Experiment:
         rows.sort()
         names = {"keys": self.keys, "groups": self.groups}
         chosen = {name: [values[row] for row in rows] for name, values in names.items()}
-        duplicate = None if self.duplicate is None else self.duplicate[rows]
-        return replace(self, **chosen, duplicate=duplicate, repeats=np.ones(len(rows), int))
+        if self.duplicate is not None:
+            chosen["duplicate"] = self.duplicate[rows]
+            chosen["distinct_left_out"] = 1 - float((~chosen["duplicate"]).sum() / max(1, (~self.duplicate).sum()))
+        return replace(self, **chosen, repeats=np.ones(len(rows), int))
 
     def virtual(self) -> np.ndarray:
         """Row of every virtual sample, int [sum of repeats]."""

@@ -18,7 +18,7 @@ from memfilter.files import atomic
 def prepare_groups(data: Path, index: Path | None = None, max_bits: int = 6, processes: int | None = None) -> int:
     """Adds the column ``group`` to an index: a name that near duplicates have in common, by perceptual hash.
 
-    Near to near is near: a chain of pictures, each near the next, is one group. An index is made where there is none.
+    Near to near is near: a chain of pictures, each near the next, is one group. Where there is no index one is made, which knows no roles.
 
     Args:
         data: directory of shards or pictures, as `memfilter prepare experiment` takes it.
@@ -46,7 +46,7 @@ def prepare_groups(data: Path, index: Path | None = None, max_bits: int = 6, pro
         table = pq.read_table(index, partitioning=None)
     else:
         count = len(keys)
-        table = pa.table({"key": keys, "role": ["distinct"] * count, "repeats": [1] * count})
+        table = pa.table({"key": keys, "role": pa.nulls(count, pa.string()), "repeats": [1] * count})  # nobody knows their roles
     # a sample that cannot be read has a group of its own
     names = [keys[group[key]] if key in group else key for key in table["key"].to_pylist()]
     if "group" in table.column_names:

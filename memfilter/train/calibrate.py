@@ -21,9 +21,9 @@ from memfilter.data.sampler import SampleDataset, SampleStream, View, collate
 from memfilter.data.sources import open_data
 from memfilter.filter import MemFilter
 from memfilter.functional import log_gain, noise_factor, squared_error, text_cosine, text_norm
-from memfilter.pipelines import ModelError
+from memfilter.pipelines import ModelError, weights_digest
 from memfilter.reference import SIGNALS
-from memfilter.train.checks import facts_of_calibration, require_suitable, resolution_of
+from memfilter.train.checks import WEIGHTS, facts_of_calibration, require_suitable, resolution_of
 from memfilter.train.engine import make_accelerator
 from memfilter.train.model import load_model
 from memfilter.train.objective import Objective
@@ -64,6 +64,7 @@ def calibrate(config: Config, out: Path, keys: int = 300, looks: int = 40, progr
     # position = look * keys + key: every look has its own noise and timestep
     stream = _InTurn(chosen, config.train.seed)
     dataset = SampleDataset(shards, experiment, stream, View(resolution), keys * looks)
+    digest = weights_digest(pipeline.unet)
     unet = pipeline.unet.to(accelerator.device).eval()
     null_pass = MemFilter(float("inf")).wrap(unet, null=encoder.null, scheduler=noise_scheduler).to(accelerator.device)
     objective = Objective(config, None, encoder, noise_scheduler, None, resolution)
@@ -99,7 +100,7 @@ def calibrate(config: Config, out: Path, keys: int = 300, looks: int = 40, progr
     calibration = Calibration(
         timesteps.view(looks, keys).T,
         signals.view(looks, keys, -1).transpose(0, 1),
-        {"model": Path(config.model.path).name} | facts_of_calibration(config, noise_scheduler, resolution),
+        {"model": Path(config.model.path).name, WEIGHTS: digest} | facts_of_calibration(config, noise_scheduler, resolution),
     )
     if accelerator.is_main_process:
         out.parent.mkdir(parents=True, exist_ok=True)

@@ -7,13 +7,15 @@ import os
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from memfilter.calibration import Calibration, CalibrationError
 from memfilter.config import Config, ConfigError
-from memfilter.pipelines import ModelError, model_dir
+from memfilter.pipelines import ModelError, model_dir, weights_digest
 from memfilter.preflight import UnsuitableModel, validate
 
 log = logging.getLogger(__name__)
+WEIGHTS = "weights"  # fact of a calibration: `weights_digest` of the denoiser
 
 
 def require_place(run_dir: Path, resume: bool) -> None:
@@ -46,8 +48,11 @@ def resolution_of(config: Config, pipeline) -> int:
     return resolution
 
 
-def require_calibration(config: Config, noise_scheduler, resolution: int) -> Calibration | None:
+def require_calibration(config: Config, unet: nn.Module, noise_scheduler, resolution: int) -> Calibration | None:
     """The calibration of a method that needs one.
+
+    Args:
+        unet: as it is before training.
 
     Raises:
         ConfigError: there is none, or it was made with something else.
@@ -61,7 +66,10 @@ def require_calibration(config: Config, noise_scheduler, resolution: int) -> Cal
                           f"`memfilter calibrate --model.path={config.model.path} ...`")  # fmt: skip
     try:
         calibration = Calibration.load(rule.calibration or beside)
-        calibration.require(**facts_of_calibration(config, noise_scheduler, resolution))
+        facts = facts_of_calibration(config, noise_scheduler, resolution)
+        if WEIGHTS in calibration.about:  # not in the one that comes with the package, which stands beside its weights
+            facts[WEIGHTS] = weights_digest(unet)
+        calibration.require(**facts)
     except CalibrationError as error:
         raise ConfigError(str(error)) from error
     return calibration

@@ -76,7 +76,8 @@ class Trainer:
         if self.main:
             require_wandb(config.log)
         shards, experiment = open_data(config, self.accelerator.num_processes)
-        self.data = experiment.fingerprint()
+        self.data, left_out = experiment.fingerprint(), experiment.distinct_left_out
+        self.left_out = {} if left_out is None else {"data/distinct_left_out": left_out}
 
         # model
         self.pipeline = pipeline = load_model(config)
@@ -88,7 +89,7 @@ class Trainer:
         memory = int(config.data.cache_gb * 2**30)
         encoder = Encoder(pipeline, self.accelerator.device, memory=memory, rows=config.train.batch_size, cache=cache)
         noise_scheduler = DDPMScheduler.from_config(pipeline.scheduler.config)
-        calibration = require_calibration(config, noise_scheduler, resolution)
+        calibration = require_calibration(config, pipeline.unet, noise_scheduler, resolution)
         try:
             self.mem_filter = make_filter(config, calibration)
         except ValueError as error:
@@ -429,7 +430,7 @@ class Trainer:
     def _finish(self) -> dict:
         """Exports, and draws the gallery; returns the summary."""
         config = self.config
-        totals = self.mem_filter.stats.totals() | {"skipped_steps": self.skipped_steps}
+        totals = self.mem_filter.stats.totals() | {"skipped_steps": self.skipped_steps} | self.left_out
         times = {"seconds": self.seconds, "cpu_seconds": self.cpu_seconds}
         summary = {"samples": self.seen, **times, **totals, "config": asdict(config)}
         weights = self.ema.shadow_params if self.ema else self.engine.full_weights()

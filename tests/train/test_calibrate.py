@@ -20,6 +20,7 @@ from memfilter.calibration import Calibration
 from memfilter.cli import main as command
 from memfilter.data import sampler
 from memfilter.data.shards import Shards
+from memfilter.pipelines import load_pipeline, weights_digest
 from memfilter.reference import SIGNALS
 from memfilter.train.calibrate import calibrate
 
@@ -153,7 +154,8 @@ def test_calibration_says_what_it_was_made_with_and_serves_as_ground(calibrated,
     calibration = Calibration.load(calibrated(family))
     expected = {"prediction_type": FAMILIES[family], "num_train_timesteps": 1000, "resolution": RESOLUTION}
     expected |= {"unit": "l2"}
-    assert calibration.about == expected | {"model": family}
+    weights = weights_digest(load_pipeline(str(bases(family))).unet)
+    assert calibration.about == expected | {"model": family, "weights": weights}
     calibration.require(**expected)
     positions = np.arange(KEYS * LOOKS).reshape(LOOKS, KEYS).T
     timesteps = [[sampler.timestep(SEED, position, 1000) for position in row] for row in positions.tolist()]

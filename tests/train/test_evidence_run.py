@@ -398,6 +398,14 @@ def test_calibration_of_another_prediction_type_is_refused(command, settings, tm
     assert errors == [f"filter.calibration was made with {found}: make another one"]
 
 
+def test_calibration_of_other_weights_is_refused(command, settings, tmp_path):
+    other = tiny.save_pipeline(tmp_path / "other", "sd1", seed=1)
+    code, errors = command(settings(tmp_path / "run", f"--model.path={other}"))
+    assert code == 1
+    (error,) = errors
+    assert error.startswith("filter.calibration was made with weights '") and error.endswith(": make another one")
+
+
 def test_oracle_without_an_index_is_refused(command, settings, tmp_path, scenes_dir):
     shutil.copytree(scenes_dir, tmp_path / "data", ignore=shutil.ignore_patterns("index.parquet"))
     arguments = settings(tmp_path / "run", "--filter.method=oracle", f"--data.path={tmp_path / 'data'}")

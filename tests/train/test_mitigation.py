@@ -73,7 +73,10 @@ def test_one_of_each_group_is_shown_once(trainer, scenes_dir, tmp_path):
     shown = [made.dataset[position]["key"] for position in range(2 * len(keys[::3]))]
     half = len(shown) // 2
     assert sorted(shown[:half]) == sorted(shown[half:]) == keys[::3]
-    np.testing.assert_array_equal(made.dataset.experiment.duplicate, np.array(table["role"].to_pylist())[::3] == "duplicate")
+    duplicate = np.array(table["role"].to_pylist()) == "duplicate"
+    np.testing.assert_array_equal(made.dataset.experiment.duplicate, duplicate[::3])
+    left_out = 1 - (~duplicate[::3]).sum() / (~duplicate).sum()
+    assert made.left_out == {"data/distinct_left_out": pytest.approx(left_out)} and 0.6 < left_out < 0.7
 
 
 def test_without_groups_nothing_can_be_deduplicated(trainer):
