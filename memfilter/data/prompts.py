@@ -31,6 +31,8 @@ def read_prompts(path: Path) -> list[tuple[str, dict]]:
     for where, row in found:
         if not isinstance(row, dict) or not isinstance(row.get("prompt"), str):
             raise ValueError(f'{where}: expected {{"prompt": "..."}}' if path.suffix == ".jsonl" else f"{where}: no prompt")
+        if any("\ud800" <= letter <= "\udfff" for letter in row["prompt"]):
+            raise ValueError(f"{where}: a prompt with half of a character (a lone surrogate)")
         if len(row["prompt"]) > MAX_CAPTION:
             raise ValueError(f"{where}: a prompt of {len(row['prompt']):,} characters, more than {MAX_CAPTION:,}")
     return found
@@ -59,6 +61,8 @@ def _csv(path: Path) -> Iterator[tuple[int, dict]]:
     reader = csv.DictReader(io.StringIO(_text(path), newline=""))
     _require_column(path, reader.fieldnames or [])
     for row in reader:
+        if None in row:
+            raise ValueError(f"prompts: {path}, line {reader.line_num}: more fields than the {len(reader.fieldnames)} columns")
         yield reader.line_num, row
 
 

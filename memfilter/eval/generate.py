@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import numpy as np
@@ -52,18 +52,36 @@ def generate_batch(
     pipeline, batch: Sequence[Job], steps: int = 20, guidance_scale: float = 4.0, size: int | None = None
 ) -> np.ndarray:
     """uint8 [B, H, W, 3]; arguments as of `generate`."""
-    if getattr(pipeline, "safety_checker", None) is not None:
-        pipeline = copy.copy(pipeline)
-        pipeline.register_modules(safety_checker=None)  # it would blacken what is to be looked at and measured
-    out = pipeline(**arguments_of(batch, steps, guidance_scale, size))
+    with unchecked(pipeline):
+        out = pipeline(**arguments_of(batch, steps, guidance_scale, size))
     return np.round(out.images * 255).astype(np.uint8)
+
+
+@contextmanager
+def unchecked(pipeline) -> Iterator[None]:
+    """Without the safety checker, which would blacken what is to be looked at and measured."""
+    checker = getattr(pipeline, "safety_checker", None)
+    if checker is not None:
+        pipeline.safety_checker = None
+    try:
+        yield
+    finally:
+        if checker is not None:
+            pipeline.safety_checker = checker
 
 
 def arguments_of(batch: Sequence[Job], steps: int, guidance_scale: float, size: int | None) -> dict:
     """What a pipeline is called with."""
+    return call_arguments([job.prompt for job in batch], [generator_of(job) for job in batch], steps, guidance_scale, size)
+
+
+def call_arguments(
+    prompts: list[str], generators: list[torch.Generator], steps: int, guidance_scale: float, size: int | None
+) -> dict:
+    """What a pipeline is called with, for one picture of each prompt."""
     return {
-        "prompt": [job.prompt for job in batch],
-        "generator": [generator_of(job) for job in batch],
+        "prompt": prompts,
+        "generator": generators,
         "num_inference_steps": steps,
         "guidance_scale": guidance_scale,
         "height": size,

@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable
+from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
 
@@ -82,9 +83,12 @@ class Parts:
         state.wait_for_everyone()  # or the main process may be done with them before others have read them
         return found
 
-    @property
-    def is_main_process(self) -> bool:
-        return self._state.is_main_process
+    def remove(self) -> None:
+        """Once nobody needs them any more."""
+        if self._state.is_main_process:
+            shutil.rmtree(self._directory, ignore_errors=True)
+            with suppress(OSError):
+                self._directory.parent.rmdir()
 
     def due(self, count: int) -> list[int]:
         """Which of so many jobs this process has still to do."""

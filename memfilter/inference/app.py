@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
-from functools import partial
 
 import gradio as gr
 import numpy as np
 import plotly.graph_objects as go
 
-from memfilter.inference.clean import CleanNorms
+from memfilter.eval.runs import Prompt
+from memfilter.inference.clean import CleanNorms, mean_norm
 from memfilter.inference.detection import Sampling
 from memfilter.inference.generating import Generated, Mitigation, generate_prompt
 from memfilter.inference.models import Model
+from memfilter.inference.showing import shares
 from memfilter.inference.significance import Word, token_significance
 
 TITLE = "memfilter"
@@ -57,8 +58,7 @@ class Studio:
     def __init__(self, model: Model, clean: CleanNorms, sampling: Sampling, false_positive_rate: float = 0.01):
         self.model, self.clean, self.sampling = model, clean, sampling
         self.threshold = clean.threshold(false_positive_rate, None, sampling.seeds)
-        self.usual = float(clean.band((0.5,))[0, 0])  # norm of the first step
-        self._training = self._pictures_of_the_run()
+        self._training = self._prompts_of_the_run()
         self._one_at_a_time = threading.Lock()  # hooks see all that the denoiser does
 
     def look(self, prompt: str, mitigation: Mitigation = Mitigation()) -> Look:
@@ -66,28 +66,32 @@ class Studio:
         with self._one_at_a_time:
             made = generate_prompt(self.model.pipeline, prompt, self.sampling, mitigation)
             words = token_significance(self.model.pipeline, prompt, self.sampling)
-        metric = float(np.nanmean(made.norms))
+        metric = float(mean_norm(made.norms[None])[0])
         p_value = float(self.clean.p_values(np.array([metric]), None, self.sampling.seeds)[0])
         return Look(made, words, metric, p_value, metric >= self.threshold)
 
-    def _pictures_of_the_run(self) -> dict[str, Callable[[], np.ndarray]]:
-        """Caption -> how to read its picture: of some duplicates and some others."""
-        if (run := self.model.run) is None:
-            return {}
-        asked = run.prompts(EXAMPLES)
+    def _prompts_of_the_run(self) -> dict[str, Prompt]:
+        """By caption: some duplicates and some others; none where the training data cannot be had any more."""
+        asked: list[Prompt] = []
+        if self.model.run is not None:
+            with suppress(ValueError):
+                asked = self.model.run.prompts(EXAMPLES)
         chosen = [p for p in asked if p.duplicate][:EXAMPLES] + [p for p in asked if not p.duplicate][:EXAMPLES]
-        return {p.text: partial(run.picture, p.key, self.sampling.size or run.config.data.resolution) for p in chosen}
+        return {p.text: p for p in chosen}
 
     @property
     def examples(self) -> list[str]:
-        """Prompts of the run, duplicates first; of clean ones where there is no run."""
-        if self.model.run is None:
+        """Prompts of the run, duplicates first; clean ones where there is none that has some."""
+        if not self._training:
             return self.model.clean_prompts(None, EXAMPLES) if self.model.of_scenes else []
         return list(self._training)
 
     def shown(self, prompt: str, look: Look) -> list[tuple[np.ndarray, str]]:
         """Pictures with what they are: the training picture, where the prompt is a caption of the run's, and what was made."""
-        own = [] if (picture := self._training.get(prompt)) is None else [(picture(), "training picture")]
+        own, side = [], look.made.pictures.shape[1]
+        if known := self._training.get(prompt):
+            with suppress(ValueError):  # a picture that cannot be read any more
+                own = [(self.model.run.picture(known.key, side), "training picture")]
         return own + [(made, f"seed {seed}") for seed, made in enumerate(look.made.pictures)]
 
 
@@ -123,10 +127,9 @@ def figure_of(look: Look, clean: CleanNorms, before: Look | None = None):
 
 def pieces(words: list[Word]) -> list[tuple[str, float | None]]:
     """Words and the spaces between them, as the coloured line takes them; a word stands at every even place."""
-    largest = max((word.score or 0 for word in words), default=0) or 1
     shown: list[tuple[str, float | None]] = []
-    for word in words:
-        shown += [(word.text, round((word.score or 0) / largest, 3)), (" ", None)]
+    for word, share in zip(words, shares(words), strict=True):
+        shown += [(word.text, round(share, 3)), (" ", None)]
     return shown[:-1]
 
 
@@ -154,7 +157,10 @@ def build(studio: Studio) -> gr.Blocks:
         prompt = checked(prompt)
         if before is None or seen != prompt:
             before = studio.look(prompt)
-        how = Mitigation("prompt" if kind == "prompt embedding" else "rta", None, target, int(tokens))
+        try:
+            how = Mitigation("prompt" if kind == "prompt embedding" else "rta", None, target, int(tokens))
+        except ValueError:
+            raise gr.Error("Name a norm above 0 to come down to.", print_exception=False) from None
         found = studio.look(prompt, how)
         instead = gr.update(value="\n".join(found.made.shown), visible=how.kind == "rta")
         return (before, prompt, studio.shown(prompt, before), in_words(before, studio.clean),
@@ -183,7 +189,7 @@ def build(studio: Studio) -> gr.Blocks:
         plot = gr.Plot(show_label=False, elem_id="plot")
         with gr.Row():
             kind = gr.Radio(["prompt embedding", "random tokens"], value="prompt embedding", label="Mitigation", elem_id="kind")
-            target = gr.Number(round(studio.usual, 2), label="Norm to come down to (prompt embedding)", minimum=0.01)
+            target = gr.Number(round(studio.clean.usual, 2), label="Norm to come down to (prompt embedding)", elem_id="target")
             tokens = gr.Slider(1, 8, value=4, step=1, label="Random tokens")
             try_it = gr.Button("Mitigate", elem_id="mitigate")
         shown = [last, seen, pictures, verdict, plot, words, mitigated, told, instead]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -46,9 +48,10 @@ class Call:
         return cls(_half(sample, 1, size), timesteps, _half(named, 1, size), _half(named, 0, size), *pred.chunk(2)[::-1])
 
     def norm(self, scheduler, cond_pred: Tensor | None = None) -> Tensor:
-        """Of the text-conditional noise prediction, [B], perhaps with another prediction for the prompt."""
+        """Of the text-conditional noise prediction, [B], perhaps with another prediction for the prompt; NaN where it tells
+        nothing of the noise."""
         pred = self.cond_pred if cond_pred is None else cond_pred
-        return text_norm(pred, self.null_pred) * abs(factor_at(scheduler, self.timestep))
+        return text_norm(pred, self.null_pred) * readable_factor(scheduler, self.timestep)
 
     def cond_again(self, unet: nn.Module, prompt_embeds: Tensor | None = None) -> Tensor:
         """The prediction for the prompt, [B, C, H, W], made again, perhaps with other embeddings of it."""
@@ -84,6 +87,26 @@ def factor_at(scheduler, timestep) -> float:
         steps, sigmas = np.arange(len(abar)), np.sqrt((1 - abar) / np.maximum(abar, np.finfo(abar.dtype).tiny))
         between = 1 / (1 + np.interp(t, steps, sigmas) ** 2)
     return float(noise_factor(kind, torch.tensor(between)))
+
+
+def readable_factor(scheduler, timestep) -> float:
+    """`factor_at` without its sign, by which the l2 norm of a difference becomes one in noise space; NaN where that is not to
+    be had, at zero terminal SNR."""
+    return abs(factor_at(scheduler, timestep)) or math.nan
+
+
+def first_readable(scheduler, steps: int) -> int:
+    """How many of so many steps have to be made until a norm can be read: 1, or 2 where the first is at zero terminal SNR.
+
+    Raises:
+        ValueError: none can be read.
+    """
+    scheduler = copy.deepcopy(scheduler)
+    scheduler.set_timesteps(steps)
+    for number, timestep in enumerate(scheduler.timesteps, 1):
+        if not math.isnan(readable_factor(scheduler, timestep)):
+            return number
+    raise ValueError(f"steps: none of {steps} tells anything of the noise, at zero terminal SNR: ask for more")
 
 
 @contextmanager

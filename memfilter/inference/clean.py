@@ -15,26 +15,60 @@ from memfilter.files import atomic
 FORMAT = "memfilter clean norms 1"
 
 
+def mean_norm(norms: np.ndarray, steps: int | None = None, seeds: int | None = None) -> np.ndarray:
+    """Over the first steps and seeds, without what could not be read: [P, seeds, S] -> [P]; NaN where nothing could."""
+    chosen = norms[:, :seeds, :steps]
+    there = np.isfinite(chosen).sum((1, 2))
+    return np.where(there, np.nansum(chosen, (1, 2)) / np.maximum(there, 1), np.nan)
+
+
+def require_rate(false_positive_rate: float, clean: int | None = None) -> int:
+    """How many of so many clean prompts may have as high a metric as one that is called memorized.
+
+    Args:
+        clean: None only looks at the rate.
+
+    Raises:
+        ValueError: it is no rate, or there are too few clean prompts for so small a one.
+    """
+    if not 0 < false_positive_rate < 1:
+        raise ValueError(f"false_positive_rate must lie between 0 and 1, found {false_positive_rate}")
+    if clean is None:
+        return 0
+    allowed = math.floor(false_positive_rate * (clean + 1) + 1e-9) - 1
+    if allowed < 0:
+        raise ValueError(f"a false positive rate of {false_positive_rate} needs {math.ceil(1 / false_positive_rate) - 1:,} "
+                         f"clean prompts at least, there are {clean}")  # fmt: skip
+    return allowed
+
+
 @dataclass
 class CleanNorms:
     """What a model answers to clean prompts.
 
     Args:
-        norms: float [prompts, seeds, steps].
+        norms: float [prompts, seeds, steps]; NaN where a step tells nothing of the noise.
         timesteps: [steps].
-        about: how they were made (model, scheduler, steps, guidance_scale, size, unit): a prompt that is judged by them must
-            be generated alike.
+        about: how they were made (weights, prompts, scheduler, steps, guidance_scale, size): a prompt that is judged by them
+            must be generated alike.
+        cosines: of the last step, [prompts, seeds], for the rival ``anisotropy``; None where generations were broken off.
     """
 
     norms: np.ndarray
     timesteps: np.ndarray
     about: dict
+    cosines: np.ndarray | None = None
+
+    @property
+    def first(self) -> int:
+        """Steps until the first whose norm can be read."""
+        return int(np.isfinite(self.norms).all((0, 1)).argmax()) + 1
 
     def metric(self, steps: int | None = None, seeds: int | None = None) -> np.ndarray:
         """Mean norm over the first steps and seeds of each clean prompt, [prompts].
 
         Raises:
-            ValueError: fewer seeds or steps were calibrated.
+            ValueError: fewer seeds or steps were calibrated, or none of these steps can be read.
         """
         made = self.norms.shape[2]
         if steps is not None and steps > made or steps is None and not self.about.get("whole", True):
@@ -43,22 +77,19 @@ class CleanNorms:
         if seeds is not None and seeds > self.norms.shape[1]:
             raise ValueError(f"the clean prompts have {self.norms.shape[1]} seeds each, fewer than {seeds}: a mean over fewer "
                              "is no measure of one over more, calibrate with as many")  # fmt: skip
-        return np.nanmean(self.norms[:, :seeds, :steps], axis=(1, 2))
+        found = mean_norm(self.norms, steps, seeds)
+        if np.isnan(found).any():
+            raise ValueError(f"the norm of the first {steps} steps cannot be read, at zero terminal SNR: ask for more")
+        return found
 
     def threshold(self, false_positive_rate: float, steps: int | None = None, seeds: int | None = None) -> float:
         """The metric from which a prompt counts as memorized: its p-value is then at most ``false_positive_rate``.
 
         Raises:
-            ValueError: it is no rate, or there are too few clean prompts for so small a one.
+            ValueError: as `metric` and `require_rate`.
         """
-        if not 0 < false_positive_rate < 1:
-            raise ValueError(f"false_positive_rate must lie between 0 and 1, found {false_positive_rate}")
         clean = np.sort(self.metric(steps, seeds))[::-1]
-        allowed = math.floor(false_positive_rate * (len(clean) + 1) + 1e-9) - 1  # so many clean prompts may be as high
-        if allowed < 0:
-            raise ValueError(f"a false positive rate of {false_positive_rate} needs {math.ceil(1 / false_positive_rate) - 1:,} "
-                             f"clean prompts at least, there are {len(clean)}")  # fmt: skip
-        return float(np.nextafter(clean[allowed], np.inf))
+        return float(np.nextafter(clean[require_rate(false_positive_rate, len(clean))], np.inf))
 
     def p_values(self, metric: np.ndarray, steps: int | None = None, seeds: int | None = None) -> np.ndarray:
         """Conformal p-values, [n] -> [n]: (1 + clean prompts at least as high) / (1 + clean prompts).
@@ -71,8 +102,27 @@ class CleanNorms:
         return (1 + above) / (1 + len(clean))
 
     def band(self, quantiles: tuple[float, ...] = (0.05, 0.5, 0.95)) -> np.ndarray:
-        """Quantiles of the norm at every step, over prompts and seeds: [len(quantiles), steps]."""
-        return np.nanquantile(self.norms.reshape(-1, self.norms.shape[2]), quantiles, axis=0)
+        """Quantiles of the norm at every step, over prompts and seeds: [len(quantiles), steps]; NaN where it cannot be read."""
+        found = np.full((len(quantiles), self.norms.shape[2]), np.nan)
+        found[:, self.first - 1 :] = np.nanquantile(
+            self.norms[..., self.first - 1 :].reshape(-1, self.norms.shape[2] - self.first + 1), quantiles, axis=0
+        )
+        return found
+
+    @property
+    def usual(self) -> float:
+        """Median norm of the first step that can be read."""
+        return float(self.band((0.5,))[0, self.first - 1])
+
+    def spread(self) -> tuple[float, float]:
+        """Standard deviation over clean prompts of the first norm and of the last cosine, means over the seeds.
+
+        Raises:
+            ValueError: there are no cosines.
+        """
+        if self.cosines is None:
+            raise ValueError("the clean prompts' generations were broken off, anisotropy asks for whole ones: calibrate anew")
+        return float(self.norms[..., self.first - 1].mean(1).std()), float(self.cosines.mean(1).std())
 
     def require(self, about: dict) -> None:
         """Raises ValueError where a generation is made in another way than the clean ones were."""
@@ -81,9 +131,12 @@ class CleanNorms:
             raise ValueError(f"the clean prompts were generated otherwise: {'; '.join(differ)}. Calibrate anew")
 
     def save(self, path: str | os.PathLike) -> None:
-        content = {"format": FORMAT, "about": self.about, "timesteps": self.timesteps.tolist(),
-                   "norms": np.round(self.norms.astype(float), 6).tolist()}  # fmt: skip
-        with atomic(Path(path)) as partial:
+        content = {"format": FORMAT, "about": self.about, "timesteps": self.timesteps.tolist(), "norms": _listed(self.norms)}
+        if self.cosines is not None:
+            content["cosines"] = _listed(self.cosines)
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with atomic(path) as partial:
             partial.write_text(json.dumps(content), encoding="utf-8")
 
     @classmethod
@@ -96,6 +149,19 @@ class CleanNorms:
             norms, timesteps = (np.array(content[name], dtype=float) for name in ("norms", "timesteps"))
             if norms.ndim != 3 or not norms.size or norms.shape[2:] != timesteps.shape:
                 raise ValueError(f"norms {list(norms.shape)} and timesteps {list(timesteps.shape)} do not fit")
-        except (OSError, ValueError, KeyError, TypeError) as error:
+            if np.isnan(norms).all():
+                raise ValueError("none of its norms can be read")
+            cosines = None if content.get("cosines") is None else np.array(content["cosines"], dtype=float)
+            if cosines is not None and cosines.shape != norms.shape[:2]:
+                raise ValueError(f"norms {list(norms.shape)} and cosines {list(cosines.shape)} do not fit")
+            about = content["about"]
+            if not isinstance(about, dict):
+                raise ValueError("about is no object")
+        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
             raise ValueError(f"{path}: no norms of clean prompts ({' '.join(str(error).split())})") from error
-        return cls(norms, timesteps, content["about"])
+        return cls(norms, timesteps, about, cosines)
+
+
+def _listed(values: np.ndarray) -> list:
+    """For JSON, which has no NaN."""
+    return np.where(np.isnan(values), None, np.round(values.astype(float), 6).astype(object)).tolist()

@@ -23,6 +23,9 @@ def detect(
     guidance_scale: float = 7.5,
     size: int | None = None,
     rivals: list[str] | None = None,
+    measure: Literal["pixels", "wen", "dcr", "official", "official-288", "sscd-onnx"] = "pixels",
+    sscd: str | None = None,
+    sscd_sha256: str | None = None,
     quick: bool = False,
     batch_size: int = 16,
 ) -> None:
@@ -45,83 +48,106 @@ def detect(
         steps: of the sampler.
         guidance_scale: of classifier-free guidance, above 1.
         size: height and width in pixels; by default the run's, or what the model was made for.
-        rivals: other methods on the same generations; density_l2, density_copies, anisotropy, loss.
+        rivals: other methods on the same generations, such as [anisotropy,loss]; density_l2, density_copies, anisotropy, loss.
+        measure: of copy similarity, for density_copies; as of `memfilter evaluate`.
+        sscd: TorchScript file of SSCD, for a preset. It is a program: use none that you do not trust.
+        sscd_sha256: of that file; without it, it must be the preset's own.
         quick: break every generation off after the first steps; leaves the metric of all steps and the rivals out.
         batch_size: pictures at a time.
     """
-    from memfilter.data.shards import printable
-    from memfilter.eval.parts import Parts, processes
-    from memfilter.inference.detection import Sampling, judge, measure_prompts
+    from memfilter.eval.sscd import measure_named
+    from memfilter.inference.detection import Sampling, judge, require_rivals
     from memfilter.inference.models import Model
     from memfilter.train.engine import end_processes
 
-    place, counted = Path(out), first or None
+    # what cannot be done is refused before the work begins
+    place, counted, rivals, clean_file = Path(out), first or None, rivals or [], Path(clean) if clean else None
     if place.suffix not in SUFFIXES:
         raise ValueError(f"out: {out} must end in one of {', '.join(SUFFIXES)}")
-    if quick and not counted:
-        raise ValueError("quick needs first above 0: after so many steps a generation is broken off")
-    if counted and counted > steps:
+    _at_least(0, first=first)
+    _at_least(1, batch_size=batch_size)
+    if quick and (not counted or rivals):
+        raise ValueError("rivals need whole generations: leave quick out" if rivals else
+                         "quick needs first above 0: after so many steps a generation is broken off")  # fmt: skip
+    if first > steps:
         raise ValueError(f"first is {first}, more than steps, which is {steps}")
-    if quick and rivals:
-        raise ValueError("rivals need whole generations: leave quick out")
-    chosen, state = Model(model), processes()
-    asked = _asked(chosen, prompts)
+    require_rivals(rivals, seeds)
+    chosen = Model(model)
+    asked = _asked(chosen, prompts, _own_columns(first))
     sampling = Sampling(seeds, steps, guidance_scale, size or chosen.size)
+    if counted and counted < (readable := sampling.first(chosen.pipeline)):
+        raise ValueError(f"first is {first}, and before step {readable} no norm can be read, at zero terminal SNR: ask for more")
+    measured = measure_named(measure, Path(sscd) if sscd else None, sscd_sha256, chosen.state.device)
     place.parent.mkdir(parents=True, exist_ok=True)
-    work = place.with_name(f".{place.name}.parts")
-    facts = sampling.facts(chosen.pipeline) | {"seeds": seeds, "model": chosen.stamp(), "batch_size": batch_size}
+
+    # the work
     more = {"batch_size": batch_size, "until": counted if quick else None}
-    clean_file = Path(clean) if clean else None
-    clean_facts = facts | more | {"clean": [str(clean), chosen.name]}
-    clean_prompts = None if clean_file and clean_file.suffix == ".json" else chosen.clean_prompts(clean_file)
-    ground = chosen.clean_norms(
-        clean_file, sampling, place.with_suffix(".clean.json"),
-        Parts(work, "clean", clean_facts | {"prompts": clean_prompts}, state), **more,
-    )  # fmt: skip
-    ground.threshold(false_positive_rate, counted, seeds)  # what cannot be judged is refused before the work begins
-    texts = [row["prompt"] for row in asked]
-    parts = Parts(work, "detect", facts | more | {"prompts": texts, "rivals": rivals}, state)
-    signals = measure_prompts(chosen.pipeline, texts, sampling, rivals=rivals or (), parts=parts, **more)
+    ground = chosen.clean_norms(clean_file, sampling, place.with_suffix(".clean.json"), rate=false_positive_rate, **more)
+    ground.threshold(false_positive_rate, counted, seeds)
+    work = place.with_name(f".{place.stem}.parts")
+    signals = chosen.measure([row["prompt"] for row in asked], sampling, work, rivals=rivals, measure=measured, **more)
     threshold, p_values = judge(signals, ground, false_positive_rate, counted)
-    if state.is_main_process:
-        rows = _rows(asked, signals, counted, quick, threshold, p_values)
+    if chosen.state.is_main_process:
+        columns = _columns(signals, first, quick) | {"p_value": p_values}
+        columns |= {name: signals.rival(name, clean=ground) for name in signals.raw}
+        columns["memorized"] = signals.metric(counted) >= threshold
+        rows = [known | {name: _plain(values[at]) for name, values in columns.items()} for at, known in enumerate(asked)]
+        for row, norms in zip(rows, signals.norms.mean(1), strict=True):  # [P, seeds, S] -> [P, S]
+            row["norms"] = [_plain(norm) for norm in norms]
         _write_rows(rows, place)
         shutil.rmtree(work, ignore_errors=True)
-        memorized = sorted((row for row in rows if row["memorized"]), key=lambda row: row["p_value"])
-        for row in memorized[:20]:
-            print(f"p {row['p_value']:.3g}  {printable(row['prompt'])[:100]}")
-        if len(memorized) > 20:
-            print(f"... and {len(memorized) - 20} more")
-        print(f"{len(memorized):,} of {len(rows):,} prompts are memorized: a metric of at least {threshold:.4g}, which "
-              f"{false_positive_rate:.3g} of clean prompts may reach. {place}")  # fmt: skip
+        _tell(rows, threshold, false_positive_rate)
+        print(place)
     end_processes()
 
 
-def _asked(model, prompts: str | None, others: int = 40) -> list[dict]:
-    """Prompts with what is known of them."""
+def _at_least(least: int, **values: int) -> None:
+    for name, value in values.items():
+        if value < least:
+            raise ValueError(f"{name} must be at least {least}, found {value}")
+
+
+def _own_columns(first: int) -> set[str]:
+    from memfilter.inference.rivals import RIVALS
+
+    return {"metric_first_step", f"metric_first_{first}", "metric_all", "p_value", "memorized", "norms", *RIVALS}
+
+
+def _asked(model, prompts: str | None, taken: set[str] = frozenset(), others: int = 40) -> list[dict]:
+    """Prompts with what is known of them, every row with the same names, and values of one kind under each.
+
+    Args:
+        taken: names that a file must not have.
+    """
     from memfilter.data.prompts import read_prompts
 
-    if prompts is not None:
-        return [row for _, row in read_prompts(Path(prompts))]
-    if model.run is None:
-        raise ValueError(f"prompts: name a file, {model.name} is no run that has its own")
-    return [{"prompt": p.text, "key": p.key, "duplicate": p.duplicate} for p in model.run.prompts(others)]
+    if prompts is None:
+        if model.run is None:
+            raise ValueError(f"prompts: name a file, {model.name} is no run that has its own")
+        return [{"prompt": p.text, "key": p.key, "duplicate": p.duplicate} for p in model.run.prompts(others)]
+    rows = [row for _, row in read_prompts(Path(prompts))]
+    names = dict.fromkeys(name for row in rows for name in row)
+    if both := taken & {*names}:
+        raise ValueError(f"prompts: {prompts} has a column {min(both)}, which is a name of what is measured: call it otherwise")
+    for name in names:
+        kinds = {type(row.get(name)) for row in rows} - {type(None)}
+        if len(kinds) > 1 or not kinds <= {str, int, float, bool}:
+            for row in rows:
+                row[name] = None if row.get(name) is None else str(row[name])
+    return [{name: row.get(name) for name in names} for row in rows]
 
 
-def _rows(asked, signals, first, quick, threshold, p_values) -> list[dict]:
-    metric = signals.metric(first)
+def _columns(signals, first: int, quick: bool) -> dict:
     columns = {"metric_first_step": signals.metric(1)}
     if first:
-        columns[f"metric_first_{first}"] = metric
-    if not quick:
-        columns["metric_all"] = signals.metric()
-    columns |= {"p_value": p_values} | {name: signals.rival(name) for name in signals.raw}
-    norms = signals.norms.mean(1)  # [P, seeds, S] -> [P, S]
-    rows = []
-    for number, known in enumerate(asked):
-        row = {**known, **{name: float(values[number]) for name, values in columns.items()}}
-        rows.append(row | {"memorized": bool(metric[number] >= threshold), "norms": [float(v) for v in norms[number]]})
-    return rows
+        columns[f"metric_first_{first}"] = signals.metric(first)
+    return columns if quick else columns | {"metric_all": signals.metric()}
+
+
+def _plain(value):
+    """For JSON and Parquet; None where nothing could be read."""
+    value = value.item()
+    return None if value != value else value
 
 
 def _write_rows(rows: list[dict], out: Path) -> None:
@@ -134,7 +160,20 @@ def _write_rows(rows: list[dict], out: Path) -> None:
         if out.suffix == ".parquet":
             pq.write_table(pa.Table.from_pylist(rows), partial)
         else:
-            partial.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+            partial.write_text("".join(json.dumps(row, allow_nan=False) + "\n" for row in rows), encoding="utf-8")
+
+
+def _tell(rows: list[dict], threshold: float, false_positive_rate: float, at_most: int = 20) -> None:
+    """The verdict, for people."""
+    from memfilter.data.shards import printable
+
+    memorized = sorted((row for row in rows if row["memorized"]), key=lambda row: row["p_value"])
+    for row in memorized[:at_most]:
+        print(f"p {row['p_value']:.3g}  {printable(row['prompt'])[:100]}")
+    if len(memorized) > at_most:
+        print(f"... and {len(memorized) - at_most} more")
+    print(f"{len(memorized):,} of {len(rows):,} prompts are memorized: a metric of at least {threshold:.4g}, which "
+          f"{false_positive_rate:.3g} of clean prompts may reach.")  # fmt: skip
 
 
 def explain(
@@ -160,7 +199,8 @@ def explain(
         out: .json for words, tokens and scores, or .png for the bars.
         seeds: generations that the mean is over.
         steps: of the sampler.
-        at: steps of it, counted from 0, at which gradients are taken; by default the first. The paper takes all.
+        at: steps of it, counted from 0, at which gradients are taken, such as [0,10,20]; by default the first that can be
+            read. The paper takes all.
         guidance_scale: of classifier-free guidance, above 1.
         size: height and width in pixels; by default the run's, or what the model was made for.
         colour: of the line; auto where the output is a terminal.
@@ -174,7 +214,7 @@ def explain(
         raise ValueError(f"out: {out} must end in .json or .png")
     chosen = Model(model)
     sampling = Sampling(seeds, steps, guidance_scale, size or chosen.size)
-    words = token_significance(chosen.pipeline, prompt, sampling, tuple(at or (0,)))
+    words = token_significance(chosen.pipeline, prompt, sampling, at)
     if not words:
         raise ValueError("prompt: it has no words")
     print(coloured(words, colour == "always" or (colour == "auto" and sys.stdout.isatty())))
@@ -199,10 +239,12 @@ def generate(
     steps: int = 50,
     guidance_scale: float = 7.5,
     size: int | None = None,
+    batch_size: int = 16,
 ) -> None:
-    """Generate pictures that are no copies.
+    """Generate pictures, with a mitigation for prompts that are memorized.
 
-    Writes a PNG for each prompt and seed, and pictures.jsonl, which says what was done and what the norms were.
+    Writes a PNG for each prompt and seed, and pictures.jsonl, which says what was done and what the norms were. Several
+    processes share the work: accelerate launch -m memfilter.cli generate ... What was interrupted goes on when it is run again.
 
     Args:
         model: directory of a run, of a diffusers pipeline, a hub id, or "scenes".
@@ -210,8 +252,8 @@ def generate(
         prompt: one prompt.
         prompts: file of prompts instead; as `memfilter detect` takes it.
         seeds: pictures of each prompt.
-        mitigation: none; prompt moves its embedding until the first step's norm of each picture is at most target (Wen et al.,
-            section 4.2); rta adds random tokens (Somepalli et al.).
+        mitigation: none; prompt moves its embedding until the first step's norm of each picture is at most target, by ten
+            steps at most (Wen et al., section 4.2); rta adds random tokens (Somepalli et al.).
         when: whether only for prompts that are detected as memorized by their first step, or always.
         target: norm to come down to, for prompt; by default the median of clean prompts.
         tokens: so many, for rta.
@@ -221,11 +263,15 @@ def generate(
         steps: of the sampler.
         guidance_scale: of classifier-free guidance, above 1.
         size: height and width in pixels; by default the run's, or what the model was made for.
+        batch_size: pictures at a time, of one prompt.
     """
     from memfilter.inference.detection import Sampling
     from memfilter.inference.generating import Mitigation, write_pictures
     from memfilter.inference.models import Model
+    from memfilter.train.engine import end_processes
 
+    _at_least(1, batch_size=batch_size)
+    Mitigation(mitigation, None, 1.0 if target is None else target, tokens)
     if (prompt is None) == (prompts is None):
         raise ValueError("prompt, prompts: name one of them")
     chosen, place = Model(model), Path(out)
@@ -233,12 +279,15 @@ def generate(
     sampling = Sampling(seeds, steps, guidance_scale, size or chosen.size)
     threshold = None
     if mitigation != "none" and (when == "detected" or (mitigation == "prompt" and target is None)):
-        ground = chosen.clean_norms(Path(clean) if clean else None, sampling, place / "clean.json", until=1)
-        threshold = ground.threshold(false_positive_rate, 1, seeds) if when == "detected" else None
-        target = float(ground.band((0.5,))[0, 0]) if target is None else target
-    how = Mitigation(mitigation, threshold, target, tokens)
-    changed = write_pictures(chosen.pipeline, texts, sampling, how, place)
-    print(f"{len(texts) * seeds:,} pictures, prompts changed for {changed:,} of {len(texts):,}. {place}")
+        first = sampling.first(chosen.pipeline)
+        ground = chosen.clean_norms(Path(clean) if clean else None, sampling, place / "clean.json", rate=false_positive_rate,
+                                    until=first, batch_size=batch_size)  # fmt: skip
+        threshold = ground.threshold(false_positive_rate, first, seeds) if when == "detected" else None
+        target = ground.usual if target is None else target
+    changed = write_pictures(chosen, texts, sampling, Mitigation(mitigation, threshold, target, tokens), place, batch_size)
+    if chosen.state.is_main_process:
+        print(f"{len(texts) * seeds:,} pictures, prompts changed for {changed:,} of {len(texts):,}. {place}")
+    end_processes()
 
 
 def app(
@@ -254,8 +303,8 @@ def app(
 ) -> None:
     """Open a page to try prompts on: pictures, whether the prompt is memorized, by which words, and what helps.
 
-    Norms of clean prompts are measured first, which takes a while, and kept in the run's directory, or beside the file of
-    prompts, for the next time.
+    Norms of clean prompts are measured first, which takes a while, and kept in the user's cache (~/.cache/memfilter, or
+    XDG_CACHE_HOME) for the next time. Those of the embedded model come with it.
 
     Args:
         model: directory of a run, of a diffusers pipeline, a hub id, or "scenes", the model that comes with the package.
@@ -271,9 +320,9 @@ def app(
     """
     from memfilter.inference.app import serve
     from memfilter.inference.detection import Sampling
-    from memfilter.inference.models import Model
+    from memfilter.inference.models import SHIPPED_PROMPTS, Model
 
     chosen = Model(model)
     sampling = Sampling(seeds, steps, guidance_scale, size or chosen.size)
-    ground = chosen.kept_norms(Path(clean) if clean else None, sampling)
+    ground = chosen.clean_norms(Path(clean) if clean else None, sampling, rate=false_positive_rate, count=SHIPPED_PROMPTS)
     serve(chosen, ground, sampling, false_positive_rate, host, port)

@@ -10,11 +10,14 @@ from tqdm import tqdm
 
 from memfilter.eval.copies import PIXELS, Measure
 from memfilter.eval.generate import Job, arguments_of, generate_batch
-from memfilter.eval.parts import Parts
-from memfilter.inference.calls import first_calls
-from memfilter.inference.clean import CleanNorms
+from memfilter.eval.parts import Parts, fingerprint
+from memfilter.inference.calls import first_calls, first_readable
+from memfilter.inference.clean import CleanNorms, mean_norm
 from memfilter.inference.rivals import RIVALS, anisotropy, density, distances, own_loss, tiled_distance
 from memfilter.inference.watching import watch
+from memfilter.pipelines import weights_digest
+
+_MODELS = ("unet", "text_encoder", "text_encoder_2", "vae")
 
 
 @dataclass(frozen=True)
@@ -41,11 +44,17 @@ class Sampling:
             raise ValueError(f"seeds and steps must be at least 1, found {self.seeds} and {self.steps}")
 
     def facts(self, pipeline) -> dict:
+        """What norms depend on beside prompt and seed. Reads all weights."""
         scheduler = pipeline.scheduler
         return {name: value for name, value in asdict(self).items() if name != "seeds"} | {
             "scheduler": type(scheduler).__name__,
             "prediction_type": scheduler.config.prediction_type,
+            "weights": weights_digest(*(getattr(pipeline, name, None) for name in _MODELS)),
         }
+
+    def first(self, pipeline) -> int:
+        """Steps until the first whose norm can be read; ValueError where there is none."""
+        return first_readable(pipeline.scheduler, self.steps)
 
 
 @dataclass
@@ -65,17 +74,24 @@ class Signals:
     raw: dict[str, np.ndarray] = field(default_factory=dict)
 
     def metric(self, steps: int | None = None, seeds: int | None = None) -> np.ndarray:
-        """The paper's: mean norm over the first steps and seeds, [P]."""
-        return np.nanmean(self.norms[:, :seeds, :steps], axis=(1, 2))
+        """The paper's: mean norm over the first steps and seeds, [P]; NaN where none of these steps can be read."""
+        return mean_norm(self.norms, steps, seeds)
 
-    def rival(self, name: str, seeds: int | None = None) -> np.ndarray:
+    def rival(self, name: str, seeds: int | None = None, clean: CleanNorms | None = None) -> np.ndarray:
         """Score of another method over the first seeds, [P]; larger speaks of memorization. NaN where a method that compares
-        pictures has one only."""
+        pictures has one only.
+
+        Args:
+            clean: asked for by ``anisotropy``, whose parts are weighed by their spread among clean prompts.
+        """
         raw = self.raw[name][:, :seeds]
         if name == "loss":
             return -raw.mean(1)
         if name == "anisotropy":
-            return anisotropy(self.norms[:, :seeds, 0].mean(1), raw[..., -1].mean(1))
+            if clean is None:
+                raise ValueError("anisotropy asks for norms of clean prompts")
+            first = self.norms[:, :seeds, clean.first - 1].mean(1)
+            return anisotropy(first, raw[..., -1].mean(1), clean.spread())
         return density(raw[:, :, :seeds])
 
 
@@ -98,7 +114,8 @@ def measure_prompts(
         rivals: of `RIVALS`, to be had of `Signals.rival`. ``density_l2``: nearness of a prompt's pictures to each other by
             the largest distance of their tiles (Carlini et al., 2023); ``density_copies``: by a measure of copies;
             ``anisotropy``: norm of the first step and cosine of the last (Asthana and Belagiannis, ICLR 2026), each over
-            its deviation among these prompts; ``loss``: of denoising the model's own picture, with its sign turned.
+            its deviation among clean prompts; ``loss``: of denoising the model's own picture under fresh noise, with its
+            sign turned.
         measure: for ``density_copies``.
         batch_size: pictures at a time.
         until: so many steps are made and no picture: it costs less, and no rival can be had.
@@ -108,10 +125,11 @@ def measure_prompts(
     Raises:
         ValueError: an unknown rival, or guidance is off.
     """
-    if unknown := [name for name in rivals if name not in RIVALS]:
-        raise ValueError(f"unknown rival {', '.join(unknown)}: expected some of {', '.join(RIVALS)}")
+    require_rivals(rivals, sampling.seeds)
     if until is not None and rivals:
         raise ValueError("rivals need whole generations: leave until out")
+    if batch_size < 1 or until is not None and not 1 <= until <= sampling.steps:
+        raise ValueError(f"batch_size must be at least 1 and until among 1 ... {sampling.steps}, found {batch_size} and {until}")
     count = max(1, batch_size // sampling.seeds)  # prompts at a time, with all their seeds
     groups = [range(start, min(start + count, len(prompts))) for start in range(0, len(prompts), count)]
 
@@ -136,6 +154,14 @@ def measure_prompts(
     return Signals(list(prompts), results[0]["timesteps"], found["norms"], {name: found[name] for name in rivals})
 
 
+def require_rivals(rivals: Sequence[str], seeds: int) -> None:
+    """Raises ValueError where one of them is unknown, or compares pictures of which there is one only."""
+    if unknown := [name for name in rivals if name not in RIVALS]:
+        raise ValueError(f"unknown rival {', '.join(unknown)}: expected some of {', '.join(RIVALS)}")
+    if seeds < 2 and (compared := [name for name in rivals if name.startswith("density")]):
+        raise ValueError(f"{', '.join(compared)} compares the pictures of a prompt: ask for two seeds at least")
+
+
 def _measure_batch(pipeline, batch: list[Job], sampling: Sampling, rivals: Sequence[str], until: int | None) -> dict:
     form = (sampling.steps, sampling.guidance_scale, sampling.size)
     with watch(pipeline, cosine="anisotropy" in rivals) as seen:
@@ -153,11 +179,23 @@ def _measure_batch(pipeline, batch: list[Job], sampling: Sampling, rivals: Seque
     return found
 
 
-def clean_norms(pipeline, prompts: Sequence[str], sampling: Sampling, **more) -> CleanNorms:
-    """Calibrates on prompts that are known not to be memorized; further arguments as of `measure_prompts`."""
-    signals = measure_prompts(pipeline, prompts, sampling, **more)
-    about = sampling.facts(pipeline) | {"whole": more.get("until") is None}
-    return CleanNorms(signals.norms, signals.timesteps, about)
+def clean_norms(
+    pipeline, prompts: Sequence[str], sampling: Sampling, *, until: int | None = None, facts: dict | None = None, **more
+) -> CleanNorms:
+    """Calibrates on prompts that are known not to be memorized; further arguments as of `measure_prompts`.
+
+    Args:
+        facts: `Sampling.facts`, where they are known already.
+    """
+    signals = measure_prompts(pipeline, prompts, sampling, until=until, rivals=() if until else ("anisotropy",), **more)
+    cosines = None if until else signals.raw["anisotropy"][..., -1]
+    about = about_clean(prompts, facts or sampling.facts(pipeline), until)
+    return CleanNorms(signals.norms, signals.timesteps, about, cosines)
+
+
+def about_clean(prompts: Sequence[str], facts: dict, until: int | None) -> dict:
+    """What is written beside norms of clean prompts."""
+    return facts | {"prompts": fingerprint({"prompts": list(prompts)})[:16], "whole": until is None}
 
 
 def judge(signals: Signals, clean: CleanNorms, false_positive_rate: float, steps: int | None) -> tuple[float, np.ndarray]:

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+import math
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 from PIL import Image
-from tqdm import tqdm
 
 from memfilter.eval.generate import Job, arguments_of
 from memfilter.files import atomic
-from memfilter.inference.calls import first_calls
+from memfilter.inference.calls import Call, first_calls
 from memfilter.inference.detection import Sampling
-from memfilter.inference.mitigation import add_random_tokens, adjust_prompt
+from memfilter.inference.mitigation import add_random_tokens, adjusted_call
+from memfilter.inference.models import Model
 from memfilter.inference.watching import watch
 
 
@@ -28,12 +29,21 @@ class Mitigation:
         threshold: of the first step's mean norm, from which it is done; None for always.
         target: of ``prompt``.
         tokens: of ``rta``.
+
+    Raises:
+        ValueError: what the kind asks for is out of range.
     """
 
     kind: Literal["none", "prompt", "rta"] = "none"
     threshold: float | None = None
     target: float | None = None
     tokens: int = 4
+
+    def __post_init__(self):
+        if self.kind == "prompt" and not (self.target is not None and self.target > 0):
+            raise ValueError(f"target must be above 0, found {self.target}")
+        if self.kind == "rta" and self.tokens < 1:
+            raise ValueError(f"tokens must be at least 1, found {self.tokens}")
 
 
 @dataclass(frozen=True)
@@ -43,56 +53,93 @@ class Generated:
     Args:
         pictures: uint8 [seeds, H, W, 3].
         norms: of the generation that they come from, [seeds, S].
-        first_norms: of the first step before anything was done, [seeds].
-        changed: whether something was.
+        first_norms: of the first step that can be read, before anything was done, [seeds].
+        iterations: by which the embedding was moved, [seeds]; 0 for other kinds.
         shown: the texts that were generated for, one for each seed.
+        changed: whether embedding or text of one of them was.
     """
 
     pictures: np.ndarray
     norms: np.ndarray
     first_norms: np.ndarray
-    changed: bool
+    iterations: np.ndarray
     shown: tuple[str, ...]
+    changed: bool
 
 
-def generate_prompt(pipeline, prompt: str, sampling: Sampling, how: Mitigation, number: int = 0) -> Generated:
-    """All seeds of one prompt; the noise is that of the prompt's number, whatever is done."""
-    jobs = [Job(number, prompt, seed) for seed in range(sampling.seeds)]
-    form = (sampling.steps, sampling.guidance_scale, sampling.size)
-    first, changed, arguments = None, False, arguments_of(jobs, *form)
-    if how.kind != "none":
-        call = first_calls(pipeline, 1, **arguments_of(jobs, *form))[0]  # which spends its generators
-        first = call.norm(pipeline.scheduler).float().cpu().numpy()
-        changed = how.threshold is None or float(first.mean()) >= how.threshold
-    if changed and how.kind == "rta":
+def generate_prompt(
+    pipeline, prompt: str, sampling: Sampling, how: Mitigation = Mitigation(), number: int = 0, batch_size: int = 16
+) -> Generated:
+    """All seeds of one prompt; the noise is that of the prompt's number, whatever is done.
+
+    Args:
+        batch_size: pictures at a time.
+    """
+    form, first = (sampling.steps, sampling.guidance_scale, sampling.size), sampling.first(pipeline)
+    seeds = [range(start, min(start + batch_size, sampling.seeds)) for start in range(0, sampling.seeds, batch_size)]
+    batches = [[Job(number, prompt, seed) for seed in some] for some in seeds]
+    calls: list[Call | None] = [None] * len(batches)
+    acting = how.kind != "none"
+    if acting:
+        calls = [first_calls(pipeline, first, **arguments_of(jobs, *form))[-1] for jobs in batches]
+        before = np.concatenate([call.norm(pipeline.scheduler).float().cpu().numpy() for call in calls])
+        acting = how.threshold is None or float(before.mean()) >= how.threshold
+    found = [_batch(pipeline, jobs, call, form, how if acting else Mitigation()) for jobs, call in zip(batches, calls, strict=True)]
+    pictures, norms, iterations, shown = (np.concatenate(values) for values in zip(*found, strict=True))
+    changed = bool(iterations.any()) or any(text != prompt for text in shown)
+    return Generated(pictures, norms, before if how.kind != "none" else norms[:, first - 1], iterations, tuple(shown.tolist()), changed)
+
+
+def _batch(pipeline, jobs: list[Job], call: Call | None, form: tuple, how: Mitigation) -> tuple[np.ndarray, ...]:
+    """Pictures, norms, iterations and texts of some jobs."""
+    iterations, arguments = np.zeros(len(jobs), int), arguments_of(jobs, *form)
+    if how.kind == "rta":
         jobs = [job._replace(prompt=add_random_tokens(pipeline.tokenizer, job, how.tokens)) for job in jobs]
         arguments = arguments_of(jobs, *form)
-    elif changed:
-        adjusted = adjust_prompt(pipeline, jobs, how.target, sampling)
+    elif how.kind == "prompt":
+        adjusted = adjusted_call(pipeline, call, how.target)
+        iterations = adjusted.iterations.numpy()
         arguments = {name: value for name, value in arguments.items() if name != "prompt"} | adjusted.arguments()
     with watch(pipeline) as seen:
         images = pipeline(**arguments).images
-    norms = seen.norms.numpy()
-    pictures = np.round(images * 255).astype(np.uint8)
-    return Generated(pictures, norms, norms[:, 0] if first is None else first, changed, tuple(job.prompt for job in jobs))
+    return np.round(images * 255).astype(np.uint8), seen.norms.numpy(), iterations, np.array([job.prompt for job in jobs], object)
 
 
-def write_pictures(
-    pipeline, prompts: list[str], sampling: Sampling, how: Mitigation, out: Path, progress: bool = True
-) -> int:
-    """A PNG for each prompt and seed, and ``pictures.jsonl``; returns for how many prompts something was changed."""
+def write_pictures(model: Model, prompts: list[str], sampling: Sampling, how: Mitigation, out: Path, batch_size: int = 16) -> int:
+    """A PNG for each prompt and seed, and at the end ``pictures.jsonl``; what was interrupted goes on where it was.
+
+    Returns:
+        For how many prompts something was changed.
+    """
     out.mkdir(parents=True, exist_ok=True)
-    rows, changed = [], 0
-    for number, prompt in enumerate(tqdm(prompts, desc="generate", disable=not progress)):
-        made = generate_prompt(pipeline, prompt, sampling, how, number)
-        changed += made.changed
+    parts = model.parts(out / ".parts", "generate", sampling, prompts=prompts, how=asdict(how), batch_size=batch_size)
+
+    def work(number: int) -> dict[str, np.ndarray]:
+        made = generate_prompt(model.pipeline, prompts[number], sampling, how, number, batch_size)
         for seed, picture in enumerate(made.pictures):
-            file = f"{number:05d}-{seed:02d}.png"
-            with atomic(out / file) as partial:
+            with atomic(out / _name(number, seed)) as partial:
                 Image.fromarray(picture).save(partial, "PNG")
-            rows.append({"file": file, "prompt": prompt, "seed": seed, "mitigation": how.kind if made.changed else "none",
-                         "shown": made.shown[seed], "first_norm": round(float(made.first_norms[seed]), 4),
-                         "norms": [round(float(norm), 4) for norm in made.norms[seed]]})  # fmt: skip
+        return {"norms": made.norms, "first_norms": made.first_norms, "iterations": made.iterations, "shown": np.array(json.dumps(made.shown))}
+
+    found = parts.run(len(prompts), work, progress=True)
+    rows = [row for number, made in enumerate(found) for row in _rows(number, prompts[number], made, how.kind)]
+    if model.state.is_main_process:
         with atomic(out / "pictures.jsonl") as partial:
             partial.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    return changed
+    parts.remove()
+    return sum(any(row["mitigation"] != "none" for row in rows[at : at + sampling.seeds]) for at in range(0, len(rows), sampling.seeds))
+
+
+def _name(number: int, seed: int) -> str:
+    return f"{number:05d}-{seed:02d}.png"
+
+
+def _rows(number: int, prompt: str, made: dict[str, np.ndarray], kind: str) -> list[dict]:
+    rows = []
+    for seed, shown in enumerate(json.loads(str(made["shown"]))):
+        iterations = int(made["iterations"][seed])
+        rows.append({"file": _name(number, seed), "prompt": prompt, "seed": seed,
+                     "mitigation": kind if iterations or shown != prompt else "none", "shown": shown, "iterations": iterations,
+                     "first_norm": round(float(made["first_norms"][seed]), 4),
+                     "norms": [None if math.isnan(norm) else round(float(norm), 4) for norm in made["norms"][seed]]})  # fmt: skip
+    return rows

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from memfilter.config import MitigationConfig
 from memfilter.data.captions import caption_change
-from memfilter.eval.generate import Job, arguments_of
-from memfilter.inference.calls import first_calls
+from memfilter.eval.generate import Job, call_arguments, generator_of
+from memfilter.inference.calls import Call, first_calls
 from memfilter.inference.detection import Sampling
 from memfilter.inference.significance import embedding_gradient, frozen
 
@@ -23,7 +23,7 @@ class Adjusted:
     Args:
         prompt_embeds, negative_prompt_embeds: [B, L, D].
         pooled: what SDXL takes besides, by the names of its arguments; unchanged.
-        before, after: norms of the first step, [B].
+        before, after: norms of the first step that can be read, [B].
         iterations: made for each sample, [B].
     """
 
@@ -42,47 +42,65 @@ class Adjusted:
 
 def adjust_prompt(
     pipeline,
-    jobs: Sequence[Job],
+    prompt: str | Sequence[str],
     target: float,
     sampling: Sampling = Sampling(),
+    generator: Sequence[torch.Generator] | None = None,
     learning_rate: float = 0.05,
     iterations: int = 10,
 ) -> Adjusted:
-    """Moves the embedding of each sample's prompt until the norm of the first step is at most ``target``.
+    """Moves the embedding of each picture's prompt until the norm of the first step is at most ``target``.
 
-        jobs = [Job(0, prompt, seed) for seed in range(4)]
-        adjusted = adjust_prompt(pipeline, jobs, target=3.0)
-        images = pipeline(**adjusted.arguments(), generator=[generator_of(job) for job in jobs]).images
+        generator = [torch.Generator().manual_seed(seed) for seed in range(4)]
+        adjusted = adjust_prompt(pipeline, "a cat", 3.0, generator=generator)
+        images = pipeline(**adjusted.arguments(), generator=generator).images
 
-    Adam on the embedding, the place of the first token (BOS) left alone. Every sample has its own norm, own embedding and own
-    end: the official code stops at the norm of the whole batch, which is about twice a sample's where there are four.
+    Adam on the embedding, the place of the first token (BOS) left alone. Every picture has its own norm, own embedding and own
+    end: the official code stops at the norm of the whole batch, which is about twice a picture's where there are four.
 
     Args:
         pipeline: as `watch` takes it.
-        jobs: prompts with their noise; generate with the same noise afterwards.
+        prompt: one for all pictures, or one for each.
         target: the norm to come down to, in the unit of `text_norm`; the paper takes 1 to 5 at 512 px.
-        sampling: steps, guidance and size of the generation that is to follow; its seeds are not asked.
-        learning_rate, iterations: of Adam; those of the paper.
+        sampling: steps, guidance and size of the generation that is to follow.
+        generator: of each picture's noise, which are left as they are; by default those of `memfilter generate`, of as many
+            pictures as ``sampling`` has seeds.
+        learning_rate, iterations: of Adam; those of the paper. Where ``iterations`` are not enough, ``after`` tells.
     """
+    if generator is None:
+        generator = [generator_of(Job(0, "", seed)) for seed in range(sampling.seeds)]
+    prompts = [prompt] * len(generator) if isinstance(prompt, str) else list(prompt)
+    if len(prompts) != len(generator):
+        raise ValueError(f"there are {len(prompts)} prompts and {len(generator)} generators: expected one for each picture")
+    unspent = [torch.Generator(one.device) for one in generator]
+    for one, given in zip(unspent, generator, strict=True):
+        one.set_state(given.get_state())
+    arguments = call_arguments(prompts, unspent, sampling.steps, sampling.guidance_scale, sampling.size)
+    call = first_calls(pipeline, sampling.first(pipeline), **arguments)[-1]
+    return adjusted_call(pipeline, call, target, learning_rate, iterations)
+
+
+def adjusted_call(pipeline, call: Call, target: float, learning_rate: float = 0.05, iterations: int = 10) -> Adjusted:
+    """`adjust_prompt`, at a call that has been made."""
     if iterations < 1 or not target > 0:
         raise ValueError(f"target and iterations must be above 0, found {target} and {iterations}")
-    arguments = arguments_of(jobs, sampling.steps, sampling.guidance_scale, sampling.size)
-    call = first_calls(pipeline, 1, **arguments)[0]
-    embeds = call.cond["encoder_hidden_states"].detach().clone()  # [B, L, D]
+    given = call.cond["encoder_hidden_states"].detach()  # [B, L, D]
+    embeds = given.float().clone() if given.dtype in (torch.float16, torch.bfloat16) else given.clone()  # Adam's epsilon is 0 in fp16
     optimizer = torch.optim.Adam([embeds], lr=learning_rate)
     made, before = torch.zeros(len(embeds), dtype=torch.long), None
     with frozen(pipeline.unet):
         for _ in range(iterations):
-            norm, gradient = embedding_gradient(pipeline, call, embeds)
+            norm, gradient = embedding_gradient(pipeline, call, embeds.to(given.dtype))
             before = norm if before is None else before
             going_on = norm > target  # [B]
             if not going_on.any():
                 break
             gradient[:, 0] = 0
-            held, embeds.grad = embeds.detach().clone(), gradient
+            held, embeds.grad = embeds.detach().clone(), gradient.to(embeds.dtype)
             optimizer.step()
             embeds.copy_(torch.where(going_on[:, None, None], embeds, held))  # momentum moves what has no gradient too
             made += going_on.cpu()
+    embeds = embeds.detach().to(given.dtype)
     with torch.no_grad():
         after = call.norm(pipeline.scheduler, call.cond_again(pipeline.unet, embeds))
     added = {half: (getattr(call, half).get("added_cond_kwargs") or {}).get("text_embeds") for half in ("cond", "null")}

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Sequence
 from contextlib import suppress
+from functools import lru_cache
 from pathlib import Path
 
 from memfilter.data import scenes
 from memfilter.data.prompts import read_prompts
-from memfilter.eval.parts import Parts, processes
+from memfilter.eval.copies import PIXELS, Measure
+from memfilter.eval.parts import Parts, fingerprint, processes
 from memfilter.eval.runs import FinishedRun
-from memfilter.inference.clean import CleanNorms
-from memfilter.inference.detection import Sampling, clean_norms
+from memfilter.inference.clean import CleanNorms, require_rate
+from memfilter.inference.detection import Sampling, Signals, about_clean, clean_norms, measure_prompts
 from memfilter.pipelines import load_pipeline, load_trained, model_dir
 
 CLEAN_PROMPTS, CLEAN_SEED = 200, 20261126  # clipart scenes that no model was trained on
-KEPT, KEPT_PROMPTS = "clean_norms.json", 99  # beside a model; as many as a false positive rate of 1% asks for
+SHIPPED, SHIPPED_PROMPTS = "clean_norms.json", 99  # beside the embedded model; as many as a false positive rate of 1% asks for
 
 
 class Model:
@@ -26,28 +30,47 @@ class Model:
     """
 
     def __init__(self, name: str):
-        self.name = name
+        self.name, self.state = name, processes()
         self.run = FinishedRun(Path(name)) if (Path(name) / "summary.json").is_file() else None
-        self.pipeline = (load_trained(Path(name)) if self.run else load_pipeline(name)).to(processes().device)
+        self.pipeline = (load_trained(Path(name)) if self.run else load_pipeline(name)).to(self.state.device)
+        self.facts = lru_cache(lambda sampling: sampling.facts(self.pipeline))
 
     @property
     def of_scenes(self) -> bool:
         """Whether it answers captions of clipart scenes."""
         return self.name == "scenes" if self.run is None else self.run.summary["config"]["model"]["path"] == "scenes"
 
-    def stamp(self) -> dict:
-        """What tells the weights: names, sizes and dates of their files."""
-        if self.run:
-            return self.run.stamp()
-        files = sorted(path for path in model_dir(self.name).rglob("*") if path.is_file())  # none of a hub id
-        return {"model": self.name, "files": [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files]}
-
     @property
     def size(self) -> int | None:
         """Pixels a side that it was fine-tuned at; None for what the model was made for."""
         return self.run.config.data.resolution if self.run else None
 
-    def clean_prompts(self, file: Path | None, count: int = CLEAN_PROMPTS) -> list[str]:
+    def parts(self, work: Path, kind: str, sampling: Sampling, **facts) -> Parts:
+        """Where results are kept as they come, so that several processes share the work and what was interrupted goes on.
+
+        Args:
+            facts: what decides the results beside the model and the sampling.
+        """
+        return Parts(work, kind, self.facts(sampling) | {"seeds": sampling.seeds} | facts, self.state)
+
+    def measure(
+        self,
+        prompts: list[str],
+        sampling: Sampling,
+        work: Path,
+        *,
+        rivals: Sequence[str] = (),
+        measure: Measure = PIXELS,
+        batch_size: int = 16,
+        until: int | None = None,
+    ) -> Signals:
+        """`measure_prompts`, whose results are kept in a directory as they come."""
+        facts = {"prompts": prompts, "rivals": list(rivals), "batch_size": batch_size, "until": until}
+        parts = self.parts(work, "detect", sampling, **facts, **(measure.facts() if rivals else {}))
+        return measure_prompts(self.pipeline, prompts, sampling, rivals=rivals, measure=measure, batch_size=batch_size,
+                               until=until, parts=parts)  # fmt: skip
+
+    def clean_prompts(self, file: Path | None = None, count: int = CLEAN_PROMPTS) -> list[str]:
         """Prompts that are known not to be memorized: from a file, or captions of clipart scenes that nobody has seen, half of
         them of the more specific kind.
 
@@ -59,47 +82,64 @@ class Model:
         if not self.of_scenes:
             raise ValueError(f"clean: name a file of prompts that {self.name} has certainly not memorized, or norms of such "
                              "prompts that were saved before: without them no norm is high or low")  # fmt: skip
-        return [scenes.draw(CLEAN_SEED, scenes.CLEAN, i, specific=0.5).caption for i in range(count)]
+        drawn, known = (scenes.draw(CLEAN_SEED, scenes.CLEAN, i, specific=0.5).caption for i in range(10 * count)), self._duplicates()
+        return [caption for caption, _ in zip((c for c in drawn if c not in known), range(count), strict=False)]
 
-    def clean_norms(self, file: Path | None, sampling: Sampling, kept: Path, parts: Parts | None = None, **more) -> CleanNorms:
-        """Norms of clean prompts, as saved in a .json file or measured now, and then saved at ``kept``.
+    def _duplicates(self) -> set[str]:
+        """Captions of the run's duplicates, where they can still be had."""
+        with suppress(ValueError):
+            return {prompt.text for prompt in self.run.prompts(0)} if self.run else set()
+        return set()
+
+    def clean_norms(
+        self,
+        file: Path | None,
+        sampling: Sampling,
+        kept: Path | None = None,
+        *,
+        rate: float | None = None,
+        until: int | None = None,
+        count: int = CLEAN_PROMPTS,
+        batch_size: int = 16,
+    ) -> CleanNorms:
+        """Norms of clean prompts: as a .json file has them, or as an earlier call has kept them, or measured now.
 
         Args:
-            more: as of `measure_prompts`.
+            file: of prompts, or .json of norms; None for captions of new clipart scenes.
+            kept: where they are kept; by default a file in the user's cache, named by all that decides them.
+            rate: false positive rate that will be asked of them.
+            until: as of `measure_prompts`.
+            count: prompts, where there is no file.
 
         Raises:
-            ValueError: as `clean_prompts`; or those of the file were generated otherwise.
+            ValueError: as `clean_prompts` and `require_rate`; or those of a .json file were generated otherwise.
         """
+        facts = self.facts(sampling)
+        if rate is not None:
+            require_rate(rate)
         if file is not None and file.suffix == ".json":
             found = CleanNorms.load(file)
-        else:
-            prompts = self.clean_prompts(file)
-            found = clean_norms(self.pipeline, prompts, sampling, parts=parts, **more)
-            if parts is None or parts.is_main_process:
-                kept.parent.mkdir(parents=True, exist_ok=True)
-                found.save(kept)
-        found.require(sampling.facts(self.pipeline))
+            found.require(facts)
+            return found
+        prompts = self.clean_prompts(file, count)
+        if rate is not None:
+            require_rate(rate, len(prompts))
+        about = about_clean(prompts, facts, until)
+        shown = fingerprint(about | {"seeds": sampling.seeds})[:16]
+        kept = kept or _cache() / f"{shown}.json"
+        for path in (kept, model_dir(self.name) / SHIPPED):
+            with suppress(ValueError):
+                found = CleanNorms.load(path)
+                found.require({name: value for name, value in about.items() if name != "whole"})
+                found.metric(until, sampling.seeds)  # there are as many steps and seeds
+                return found
+        parts = self.parts(kept.with_name(f".{kept.name}.parts"), "clean", sampling, **about, batch_size=batch_size)
+        found = clean_norms(self.pipeline, prompts, sampling, until=until, facts=facts, batch_size=batch_size, parts=parts)
+        if self.state.is_main_process:
+            found.save(kept)
+        parts.remove()
         return found
 
-    def kept_norms(self, file: Path | None, sampling: Sampling) -> CleanNorms:
-        """As `clean_norms`, of fewer prompts, and found where an earlier call has left them: in the run's directory, beside
-        the file of prompts, or among what comes with the package."""
-        if file is not None:
-            kept = file if file.suffix == ".json" else file.with_suffix(".clean.json")
-        elif self.run:
-            kept = self.run.directory / KEPT
-        else:
-            kept = model_dir(self.name) / KEPT
-        try:
-            found = CleanNorms.load(kept)
-            found.require(sampling.facts(self.pipeline) | {"whole": True})
-            found.metric(seeds=sampling.seeds)
-            return found
-        except ValueError:
-            if file is not None and file.suffix == ".json":
-                raise
-        prompts = self.clean_prompts(file, KEPT_PROMPTS)
-        found = clean_norms(self.pipeline, prompts, sampling)
-        with suppress(OSError):  # a place where nothing may be written only costs the time again
-            found.save(kept)
-        return found
+
+def _cache() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "memfilter" / "clean_norms"

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
-from memfilter.eval.generate import Job, arguments_of, generator_of
+from memfilter.eval.generate import Job, arguments_of
 from memfilter.functional import squared_error
 from memfilter.inference.calls import first_calls
 
@@ -43,22 +43,33 @@ def tiled_distance(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     return np.sqrt(np.max(tiles, axis=0))
 
 
-def anisotropy(norm: np.ndarray, cosine: np.ndarray) -> np.ndarray:
+def anisotropy(norm: np.ndarray, cosine: np.ndarray, spread: tuple[float, float]) -> np.ndarray:
     """Norm at high noise plus cosine at low noise (Asthana and Belagiannis, ICLR 2026), each over its standard deviation
-    among these prompts, since the two have no unit in common. [P] twice -> [P]"""
-    return sum(values / max(float(np.nanstd(values)), 1e-12) for values in (norm, cosine))
+    among clean prompts, since the two have no unit in common. [P] twice -> [P]"""
+    return norm / spread[0] + cosine / spread[1]
+
+
+def fresh_generator(job: Job, place: int) -> torch.Generator:
+    """Of noise that the job's picture was not made from, another at every place."""
+    seed = np.random.SeedSequence([job.number, job.seed, place]).generate_state(1, np.uint64)[0]
+    return torch.Generator().manual_seed(int(seed) >> 1)
 
 
 @torch.no_grad()
 def own_loss(pipeline, batch: list[Job], pictures: np.ndarray, form: tuple) -> np.ndarray:
-    """Loss of the conditional prediction for the model's own pictures, mean over `LOSS_AT`. uint8 [B, H, W, 3] -> [B]"""
+    """Loss of the conditional prediction for the model's own pictures, mean over `LOSS_AT`. uint8 [B, H, W, 3] -> [B]
+
+    The noise has nothing to do with what the picture was made from: under that, a deterministic sampler's loss would tell how
+    straight its way was.
+    """
     call, vae, scheduler = first_calls(pipeline, 1, **arguments_of(batch, *form))[0], pipeline.vae, pipeline.scheduler
     pixels = torch.from_numpy(pictures).permute(0, 3, 1, 2).to(vae.device, vae.dtype) / 127.5 - 1
     latents = (vae.encode(pixels).latent_dist.mean - (vae.config.shift_factor or 0)) * vae.config.scaling_factor
-    noise = torch.cat([torch.randn(1, *latents.shape[1:], generator=generator_of(job)) for job in batch]).to(latents)
     total = scheduler.config.num_train_timesteps
     losses = []
-    for at in LOSS_AT:
+    for place, at in enumerate(LOSS_AT):
+        generators = [fresh_generator(job, place) for job in batch]
+        noise = torch.cat([torch.randn(1, *latents.shape[1:], generator=g) for g in generators]).to(latents)
         timestep = torch.tensor(at * total // 1000)
         abar = scheduler.alphas_cumprod[timestep].to(latents)
         noisy = abar.sqrt() * latents + (1 - abar).sqrt() * noise

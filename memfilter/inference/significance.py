@@ -31,7 +31,7 @@ class Word:
 
 
 def token_significance(
-    pipeline, prompt: str, sampling: Sampling = Sampling(), steps: Sequence[int] = (0,), number: int = 0
+    pipeline, prompt: str, sampling: Sampling = Sampling(), steps: Sequence[int] | None = None, number: int = 0
 ) -> list[Word]:
     """How much each word has to do with a prompt's norm.
 
@@ -41,16 +41,20 @@ def token_significance(
     Args:
         pipeline: as `watch` takes it.
         sampling: its seeds are those of the mean.
-        steps: of the sampler, counted from 0, at which the gradient is taken; the paper takes all. The first one costs least,
-            and is where mitigation acts.
+        steps: of the sampler, counted from 0, at which the gradient is taken; the paper takes all. By default the first that
+            can be read, which costs least and is where mitigation acts.
         number: of the prompt, which tells the noise (`memfilter.eval.generate.Job`).
 
     Returns:
         The prompt's words, in order.
 
     Raises:
-        ValueError: a step that the sampler does not make.
+        ValueError: a step that the sampler does not make, or whose norm cannot be read.
     """
+    first = sampling.first(pipeline) - 1
+    steps = (first,) if steps is None else tuple(steps)
+    if steps and 0 <= min(steps) < first:
+        raise ValueError(f"steps: the norm of the first cannot be read, at zero terminal SNR: begin with {first}")
     if not steps or min(steps) < 0 or max(steps) >= sampling.steps:
         raise ValueError(f"steps must be among 0 ... {sampling.steps - 1}, found {', '.join(map(str, steps)) or 'none'}")
     jobs = [Job(number, prompt, seed) for seed in range(sampling.seeds)]

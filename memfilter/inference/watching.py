@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from memfilter.functional import text_cosine, text_norm
-from memfilter.inference.calls import Call, UnguidedError, factor_at, hooked
+from memfilter.inference.calls import Call, UnguidedError, hooked, readable_factor
 
 
 class MemorizationDetected(RuntimeError):
@@ -40,6 +40,7 @@ class Generation:
     _timesteps: list = field(default_factory=list)
     _norms: list[Tensor] = field(default_factory=list)
     _cosines: list[Tensor] = field(default_factory=list)
+    _compared: bool = False
 
     @property
     def timesteps(self) -> Tensor:
@@ -49,7 +50,7 @@ class Generation:
     @property
     def norms(self) -> Tensor:
         """Of the text-conditional noise prediction, fp32 [B, S]; NaN where the prediction tells nothing of the noise."""
-        factors = torch.tensor([abs(factor_at(self._scheduler, t)) or torch.nan for t in self._timesteps])
+        factors = torch.tensor([readable_factor(self._scheduler, t) for t in self._timesteps])
         return torch.stack(self._norms, dim=1).cpu() * factors
 
     @property
@@ -102,7 +103,8 @@ def watch(
         pipeline: StableDiffusionPipeline, StableDiffusionXLPipeline, or one with ``unet`` and
             ``do_classifier_free_guidance`` that puts the negative half of a batch first.
         threshold: the metric from which a prompt counts as memorized (`CleanNorms.threshold`); None: measure only.
-        after: so many steps, when it is compared; that makes the device wait once.
+        after: so many steps, when it is compared; where none of them can be read, after the first that can. That makes
+            the device wait once.
         images_per_prompt: as the pipeline is called with; their mean is compared.
         on_memorized: called where a prompt is memorized; without it `MemorizationDetected` is raised, which ends the
             generation.
@@ -110,9 +112,12 @@ def watch(
         unit: of the norms, ``l2`` or ``rms``.
 
     Raises:
+        ValueError: after or images_per_prompt do not fit the generation.
         UnguidedError: a generation begins without guidance (guidance_scale of 1 or less).
         MemorizationDetected: see ``threshold``.
     """
+    if min(after, images_per_prompt) < 1:
+        raise ValueError(f"after and images_per_prompt must be at least 1, found {after} and {images_per_prompt}")
     seen, open_generation = Watch(), None
 
     def see(call: Call | None) -> None:
@@ -122,6 +127,8 @@ def watch(
                 raise UnguidedError("watch needs guidance_scale above 1: without guidance nothing is predicted for no prompt")
             return  # guidance was switched off on the way
         if open_generation is None or _ended(open_generation, call, pipeline):
+            if threshold is not None:
+                _require_fit(call, pipeline, after, images_per_prompt)
             open_generation = Generation(pipeline.scheduler)
             seen.generations.append(open_generation)
         with torch.no_grad():
@@ -129,16 +136,24 @@ def watch(
             open_generation._norms.append(text_norm(call.cond_pred, call.null_pred, unit=unit))
             if cosine:
                 open_generation._cosines.append(text_cosine(call.cond_pred, call.null_pred))
-        if threshold is not None and len(open_generation._norms) == after:
-            metric = open_generation.metric(after, images_per_prompt)
+        if threshold is not None and not open_generation._compared and (steps := len(open_generation._norms)) >= after:
+            metric = open_generation.metric(None, images_per_prompt)
+            open_generation._compared = not metric.isnan().any()
             if memorized := (metric >= threshold).nonzero().flatten().tolist():
-                found = MemorizationDetected(memorized, metric, threshold, after)
+                found = MemorizationDetected(memorized, metric, threshold, steps)
                 if on_memorized is None:
                     raise found
                 on_memorized(found)
 
     with hooked(pipeline, see):
         yield seen
+
+
+def _require_fit(call: Call, pipeline, after: int, images_per_prompt: int) -> None:
+    if len(call.sample) % images_per_prompt:
+        raise ValueError(f"images_per_prompt is {images_per_prompt}, the generation has {len(call.sample)} pictures")
+    if after > pipeline.num_timesteps:
+        raise ValueError(f"after is {after}, the generation has {pipeline.num_timesteps} steps")
 
 
 def _ended(generation: Generation, call: Call, pipeline) -> bool:

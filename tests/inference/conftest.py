@@ -16,6 +16,15 @@ def sd1(tmp_path_factory):
     return load_pipeline(str(tiny.save_pipeline(tmp_path_factory.mktemp("pipeline") / "sd1", "sd1")))
 
 
+@pytest.fixture(scope="session")
+def zero_snr(tmp_path_factory):
+    """Stable Diffusion 2.x at zero terminal SNR: its first step tells nothing of the noise."""
+    path = tiny.save_pipeline(tmp_path_factory.mktemp("pipeline") / "zero", "sd2", rescale_betas_zero_snr=True)
+    made = load_pipeline(str(path))
+    made.scheduler.register_to_config(timestep_spacing="trailing")
+    return made
+
+
 @pytest.fixture
 def rng():
     return np.random.default_rng(0)

@@ -9,10 +9,16 @@ from memfilter.functional import text_norm
 from memfilter.inference import Sampling, add_random_tokens, adjust_prompt, watch
 from memfilter.inference.calls import factor_at, first_calls
 from memfilter.inference.significance import embedding_gradient, frozen
+from memfilter.pipelines import load_pipeline
 
 SAMPLING = Sampling(seeds=2, steps=4, guidance_scale=5.0, size=16)
 JOBS = [Job(0, "a red dog", 0), Job(0, "a red dog", 1), Job(1, "a cat on the moon", 0)]
 FORM = (SAMPLING.steps, SAMPLING.guidance_scale, SAMPLING.size)
+
+
+def adjust(pipeline, jobs, target, sampling=SAMPLING, **more):
+    generator = [generator_of(job) for job in jobs]
+    return adjust_prompt(pipeline, [job.prompt for job in jobs], target, sampling, generator, **more)
 
 
 def first(pipeline, jobs=JOBS):
@@ -42,14 +48,14 @@ def test_gradient_is_that_of_finite_differences(pipeline):
 
 
 def test_every_sample_comes_down_to_the_target_by_itself(pipeline):
-    before = adjust_prompt(pipeline, JOBS, 1e9, SAMPLING)
+    before = adjust(pipeline, JOBS, 1e9, SAMPLING)
     assert before.iterations.tolist() == [0, 0, 0]
     target = float(before.before.sort().values[0]) * 0.99
-    together = adjust_prompt(pipeline, JOBS, target, SAMPLING, iterations=200)
+    together = adjust(pipeline, JOBS, target, SAMPLING, iterations=200)
     assert (together.after <= target).all() and (together.iterations > 0).all()
     torch.testing.assert_close(together.before, before.before)
     for row, job in enumerate(JOBS):
-        alone = adjust_prompt(pipeline, [job], target, SAMPLING, iterations=200)
+        alone = adjust(pipeline, [job], target, SAMPLING, iterations=200)
         assert alone.iterations[0] == together.iterations[row]
         torch.testing.assert_close(alone.prompt_embeds[0], together.prompt_embeds[row], rtol=1e-3, atol=1e-3)
 
@@ -57,7 +63,7 @@ def test_every_sample_comes_down_to_the_target_by_itself(pipeline):
 def test_steps_are_those_of_adam_redone_in_numpy(sd1):
     call = first(sd1)
     embeds = call.cond["encoder_hidden_states"]
-    found = adjust_prompt(sd1, JOBS, 1e-6, SAMPLING, iterations=3)
+    found = adjust(sd1, JOBS, 1e-6, SAMPLING, iterations=3)
     assert found.iterations.tolist() == [3, 3, 3]
     at, m, v = embeds.numpy().astype(np.float64), 0.0, 0.0
     for t in range(1, 4):
@@ -70,7 +76,7 @@ def test_steps_are_those_of_adam_redone_in_numpy(sd1):
 
 
 def test_embeddings_serve_any_call_and_have_the_norm_that_was_told(pipeline):
-    adjusted = adjust_prompt(pipeline, JOBS, 0.01, SAMPLING, iterations=2)
+    adjusted = adjust(pipeline, JOBS, 0.01, SAMPLING, iterations=2)
     form = {"num_inference_steps": 4, "guidance_scale": 5.0, "height": 16, "width": 16, "output_type": "np"}
     with watch(pipeline) as seen:
         changed = pipeline(**adjusted.arguments(), generator=[generator_of(job) for job in JOBS], **form).images
@@ -84,14 +90,14 @@ def test_weights_ask_for_gradients_as_before(sd1):
     sd1.unet.requires_grad_(True)
     with frozen(sd1.unet):
         assert not any(p.requires_grad for p in sd1.unet.parameters())
-    adjust_prompt(sd1, JOBS, 0.01, SAMPLING, iterations=1)
+    adjust(sd1, JOBS, 0.01, SAMPLING, iterations=1)
     assert all(p.requires_grad and p.grad is None for p in sd1.unet.parameters())
 
 
 @pytest.mark.parametrize(("target", "iterations"), [(0.0, 10), (float("nan"), 10), (1.0, 0)])
 def test_nonsense_is_refused(sd1, target, iterations):
     with pytest.raises(ValueError, match="must be above 0"):
-        adjust_prompt(sd1, JOBS, target, SAMPLING, iterations=iterations)
+        adjust(sd1, JOBS, target, SAMPLING, iterations=iterations)
 
 
 def test_random_tokens_are_drawn_from_the_seed_and_leave_the_words_in_order(sd1):
@@ -104,3 +110,37 @@ def test_random_tokens_are_drawn_from_the_seed_and_leave_the_words_in_order(sd1)
         assert all(word in rest for word in "a red dog on a hill".split())
         assert text != "a red dog on a hill"
     assert add_random_tokens(sd1.tokenizer, jobs[0], 0) == "a red dog on a hill"
+
+
+def test_one_prompt_serves_all_pictures_and_leaves_their_noise_unspent(sd1):
+    generator = [generator_of(Job(0, "", seed)) for seed in (0, 1)]
+    alone = adjust_prompt(sd1, "a red dog", 0.01, SAMPLING, generator, iterations=2)
+    assert torch.equal(generator[1].get_state(), generator_of(Job(0, "", 1)).get_state())
+    torch.testing.assert_close(alone.prompt_embeds, adjust(sd1, JOBS[:2], 0.01, iterations=2).prompt_embeds)
+    by_default = adjust_prompt(sd1, "a red dog", 0.01, SAMPLING, iterations=2)  # two seeds
+    torch.testing.assert_close(by_default.prompt_embeds, alone.prompt_embeds)
+    with pytest.raises(ValueError, match="2 prompts and 3 generators"):
+        adjust_prompt(sd1, ["a", "b"], 1.0, SAMPLING, [torch.Generator()] * 3)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_moves_as_whole_precision_does(sd1, dtype):
+    low = load_pipeline(sd1.name_or_path, dtype=dtype)
+    before = adjust(low, JOBS, 1e9)
+    assert (before.iterations == 0).all() and before.prompt_embeds.dtype == dtype
+    made = adjust(low, JOBS, float(before.before.min()) * 0.95)
+    assert made.prompt_embeds.dtype == dtype and made.prompt_embeds.isfinite().all() and (made.iterations > 0).all()
+    assert (made.after < made.before).all()
+    torch.testing.assert_close(made.before.float(), adjust(sd1, JOBS, 1e9).before, rtol=0.05, atol=0.01)
+
+
+def test_where_the_first_step_tells_nothing_the_second_is_met(zero_snr):
+    assert SAMPLING.first(zero_snr) == 2
+    before = adjust(zero_snr, JOBS, 1e9).before
+    made = adjust(zero_snr, JOBS, float(before.min()) * 0.95, iterations=50)
+    assert before.isfinite().all() and (made.after < before).all()
+    with watch(zero_snr) as seen:
+        zero_snr(**arguments_of(JOBS, *FORM))
+    torch.testing.assert_close(seen.norms[:, 1], before, rtol=1e-4, atol=1e-6)
+    with pytest.raises(ValueError, match="none of 1 tells anything"):
+        adjust(zero_snr, JOBS, 1.0, Sampling(1, 1, 5.0, 16))

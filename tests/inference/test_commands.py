@@ -4,6 +4,7 @@ import json
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import launching
 import numpy as np
@@ -14,8 +15,11 @@ from PIL import Image
 
 from memfilter.cli import main
 from memfilter.eval.generate import Job, generate_batch
-from memfilter.inference import CleanNorms, Sampling, measure_prompts, token_significance
-from memfilter.pipelines import load_pipeline
+from memfilter.inference import CleanNorms, Sampling, detection, generating, measure_prompts, token_significance
+from memfilter.inference.models import SHIPPED, SHIPPED_PROMPTS, Model
+from memfilter.pipelines import load_pipeline, model_dir
+
+SHIPPED_FILE = model_dir("scenes") / SHIPPED
 
 HOSTILE = ["<script>alert(1)</script>", "\x1b[31mred", "a\tcat", "$x^2$ and \\alpha"]
 SMALL = ["--steps=3", "--guidance_scale=5", "--size=16"]
@@ -49,11 +53,12 @@ def test_detections_are_those_of_the_library(directory, clean_file, files, capsy
     assert main(detect(directory, clean_file, out, "--rivals=[loss,anisotropy]")) == 0
     rows = pq.read_table(out).to_pylist()
     assert [(row["prompt"], row["id"]) for row in rows] == list(zip(HOSTILE, range(4), strict=True))
-    signals = measure_prompts(load_pipeline(str(directory)), HOSTILE, Sampling(2, 3, 5.0, 16), rivals=("loss",), progress=False)
+    ground, sampling = CleanNorms.load(files / "detections.clean.json"), Sampling(2, 3, 5.0, 16)
+    signals = measure_prompts(load_pipeline(str(directory)), HOSTILE, sampling, rivals=("loss", "anisotropy"), progress=False)
     for name, expected in (("metric_first_step", signals.metric(1)), ("metric_first_2", signals.metric(2)),
-                           ("metric_all", signals.metric()), ("loss", signals.rival("loss"))):  # fmt: skip
+                           ("metric_all", signals.metric()), ("loss", signals.rival("loss")),
+                           ("anisotropy", signals.rival("anisotropy", clean=ground))):  # fmt: skip
         assert [row[name] for row in rows] == pytest.approx(expected, rel=1e-4), name
-    ground = CleanNorms.load(files / "detections.clean.json")
     p = ground.p_values(signals.metric(2), 2, 2)
     assert [row["p_value"] for row in rows] == pytest.approx(p)
     assert [row["memorized"] for row in rows] == (p <= 0.1 + 1e-9).tolist()
@@ -101,6 +106,10 @@ def test_two_processes_find_what_one_does(directory, clean_file, files):
         (["--first=4"], "first is 4, more than steps, which is 3"),
         (["--guidance_scale=1"], "guidance_scale must be above 1"),
         (["--rivals=[magic]"], "unknown rival magic"),
+        (["--rivals=[density_l2]", "--seeds=1"], "density_l2 compares the pictures of a prompt"),
+        (["--rivals=[density_copies]", "--measure=wen"], "measure wen needs sscd"),
+        (["--batch_size=0"], "batch_size must be at least 1, found 0"),
+        (["--first=-3"], "first must be at least 0, found -3"),
         (["--quick=true", "--rivals=[loss]"], "rivals need whole generations"),
         (["--out=found.txt"], "must end in one of .parquet, .jsonl"),
         (["--prompts=absent.csv"], "absent.csv cannot be read"),
@@ -198,32 +207,89 @@ def test_generate_asks_for_one_kind_of_prompts(directory, tmp_path, capsys):
     assert "clean: name a file" in capsys.readouterr().err
 
 
-def test_norms_are_measured_once_for_the_page(directory, clean_file, tmp_path):
-    from memfilter.inference.models import Model
-
+def test_norms_of_clean_prompts_are_measured_once_for_one_model_and_its_prompts(directory, clean_file, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     prompts = tmp_path / "clean.txt"
     prompts.write_text(clean_file.read_text())
     model, sampling = Model(str(directory)), Sampling(2, 3, 5.0, 16)
-    measured = model.kept_norms(prompts, sampling)
-    kept = tmp_path / "clean.clean.json"
+    measured = model.clean_norms(prompts, sampling)
+    (kept,) = (tmp_path / "cache" / "memfilter" / "clean_norms").iterdir()
     content = json.loads(kept.read_text())
     content["norms"][0][0][0] = 77.0  # tells whether it was read
     kept.write_text(json.dumps(content))
-    assert model.kept_norms(prompts, sampling).norms[0, 0, 0] == 77.0
-    again = model.kept_norms(prompts, Sampling(3, 3, 5.0, 16))  # more seeds than were kept
+    assert model.clean_norms(prompts, sampling).norms[0, 0, 0] == 77.0
+    again = model.clean_norms(prompts, Sampling(3, 3, 5.0, 16), kept)  # more seeds than were kept
     assert again.norms.shape == (19, 3, 3)
     np.testing.assert_allclose(again.norms[:, :2], measured.norms, rtol=1e-4)
+    assert model.clean_norms(prompts, sampling, kept).norms.shape == (19, 3, 3)  # more than are asked
     with pytest.raises(ValueError, match="generated otherwise"):
-        model.kept_norms(kept, Sampling(2, 4, 5.0, 16))
+        model.clean_norms(kept, Sampling(2, 4, 5.0, 16))
     with pytest.raises(ValueError, match="clean: name a file"):
-        model.kept_norms(None, sampling)
+        model.clean_norms(None, sampling)
+    prompts.write_text("another\nof two\n")
+    assert model.clean_norms(prompts, sampling, kept).norms.shape == (2, 2, 3)
+    other = Model(str(tiny.save_pipeline(tmp_path / "other", "sd1", seed=1)))
+    with pytest.raises(ValueError, match="generated otherwise: weights"):
+        other.clean_norms(kept, sampling)
+    assert not np.allclose(other.clean_norms(prompts, sampling, kept).norms, again.norms[:2, :2])
 
 
 def test_embedded_model_comes_with_norms_that_are_its_own():
-    from memfilter.inference.models import Model
-
     model = Model("scenes")
-    kept = model.kept_norms(None, Sampling(4, 20, 7.5, model.size))  # those of the page
-    assert kept.norms.shape == (99, 4, 20) and kept.threshold(0.01, seeds=4) > kept.metric(seeds=4).max()
-    again = measure_prompts(model.pipeline, model.clean_prompts(None, 2), Sampling(4, 20, 7.5), until=3, progress=False)
-    np.testing.assert_allclose(kept.norms[:2, :, :3], again.norms, rtol=1e-3)
+    sampling = Sampling(4, 20, 7.5, model.size)  # those of the page
+    before = SHIPPED_FILE.read_bytes()
+    shipped = model.clean_norms(None, sampling, Path("absent") / "kept.json", count=SHIPPED_PROMPTS)
+    assert shipped.norms.shape == (99, 4, 20) and shipped.threshold(0.01, seeds=4) > shipped.metric(seeds=4).max()
+    again = measure_prompts(model.pipeline, model.clean_prompts(None, 2), sampling, until=3, progress=False)
+    np.testing.assert_allclose(shipped.norms[:2, :, :3], again.norms, rtol=1e-3)
+    assert SHIPPED_FILE.read_bytes() == before and not Path("absent").exists()
+
+
+def test_columns_are_carried_along_and_those_of_their_own_refused(directory, clean_file, files, capsys):
+    lines = [{"prompt": "a"}, {"prompt": "b", "note": 1}, {"prompt": "c", "note": "x", "more": {"y": [1]}}]
+    (files / "prompts.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert main(detect(directory, clean_file, files / "out.parquet")) == 0
+    rows = pq.read_table(files / "out.parquet").to_pylist()
+    assert [(row["note"], row["more"]) for row in rows] == [(None, None), ("1", None), ("x", "{'y': [1]}")]
+    (files / "prompts.jsonl").write_text('{"prompt": "a", "p_value": 1}\n')
+    assert main(detect(directory, clean_file, files / "other.jsonl")) == 1
+    assert "has a column p_value, which is a name of what is measured" in capsys.readouterr().err
+
+
+def interrupted_after(count, monkeypatch, target, name):
+    """Makes a function raise KeyboardInterrupt at its n-th call; returns the list of its calls."""
+    real, calls = getattr(target, name), []
+
+    def call(*arguments, **more):
+        calls.append(arguments)
+        if len(calls) == count:
+            raise KeyboardInterrupt
+        return real(*arguments, **more)
+
+    monkeypatch.setattr(target, name, call)
+    return calls
+
+
+def test_detection_that_was_interrupted_goes_on(directory, clean_file, files, monkeypatch):
+    assert main(detect(directory, clean_file, files / "whole.jsonl", "--batch_size=2")) == 0
+    (files / "out.clean.json").write_bytes((files / "whole.clean.json").read_bytes())
+    calls = interrupted_after(3, monkeypatch, detection, "_measure_batch")
+    assert main(detect(directory, clean_file, files / "out.jsonl", "--batch_size=2")) == 130
+    assert main(detect(directory, clean_file, files / "out.jsonl", "--batch_size=2")) == 0
+    assert len(calls) == 5  # of four prompts; the third was begun twice
+    assert (files / "out.jsonl").read_text() == (files / "whole.jsonl").read_text()
+    assert not list(files.glob(".*.parts"))
+
+
+def test_generation_that_was_interrupted_goes_on(directory, files, monkeypatch):
+    settings = [f"--prompts={files / 'prompts.jsonl'}", "--batch_size=1"]
+    assert main(generate(directory, files / "whole", *settings)) == 0
+    calls = interrupted_after(3, monkeypatch, generating, "generate_prompt")
+    assert main(generate(directory, files / "out", *settings)) == 130
+    assert not (files / "out" / "pictures.jsonl").exists()
+    assert main(generate(directory, files / "out", *settings)) == 0
+    assert len(calls) == 5
+    names = sorted(path.name for path in (files / "whole").iterdir())
+    assert names == sorted(path.name for path in (files / "out").iterdir()) and len(names) == 9
+    for name in names:
+        assert (files / "out" / name).read_bytes() == (files / "whole" / name).read_bytes()

@@ -1,5 +1,6 @@
 """What detection measures, by hand; and the judgement on the ground of clean prompts."""
 
+import copy
 import json
 
 import numpy as np
@@ -8,9 +9,9 @@ import torch
 from scipy import stats
 
 from memfilter.eval.copies import PIXELS
-from memfilter.eval.generate import Job, arguments_of, generate_batch
+from memfilter.eval.generate import Job, arguments_of, generate_batch, generator_of
 from memfilter.inference import CleanNorms, Sampling, clean_norms, judge, measure_prompts, watch
-from memfilter.inference.rivals import RIVALS, anisotropy, density, distances, own_loss, tiled_distance
+from memfilter.inference.rivals import RIVALS, anisotropy, density, distances, fresh_generator, own_loss, tiled_distance
 
 SAMPLING = Sampling(seeds=3, steps=4, guidance_scale=5.0, size=16)
 PROMPTS = ["a red dog", "a cat on the moon", "a house", "<b>two</b> trees"]
@@ -23,8 +24,14 @@ def test_signals_do_not_depend_on_how_prompts_are_batched(pipeline):
         found = measure_prompts(pipeline, PROMPTS, SAMPLING, rivals=RIVALS, batch_size=batch_size, progress=False)
         np.testing.assert_allclose(found.norms, whole.norms, rtol=1e-4)
         for name in RIVALS:
-            np.testing.assert_allclose(found.rival(name), whole.rival(name), rtol=1e-2, atol=1e-4, err_msg=name)
+            np.testing.assert_allclose(found.rival(name, clean=ground(found)), whole.rival(name, clean=ground(whole)), rtol=1e-2,
+                                       atol=1e-4, err_msg=name)  # fmt: skip
     assert whole.norms.shape == (4, 3, 4) and list(whole.raw) == list(RIVALS)
+
+
+def ground(signals) -> CleanNorms:
+    """As if the prompts were clean ones."""
+    return CleanNorms(signals.norms, signals.timesteps, {}, signals.raw["anisotropy"][..., -1])
 
 
 def test_norms_are_those_of_watching_the_pictures_of_generate(pipeline):
@@ -47,7 +54,8 @@ def test_fewer_seeds_are_those_of_a_shorter_measurement(sd1):
     whole = measure_prompts(sd1, PROMPTS, SAMPLING, rivals=RIVALS, progress=False)
     shorter = measure_prompts(sd1, PROMPTS, Sampling(2, 4, 5.0, 16), rivals=RIVALS, progress=False)
     for name in RIVALS:
-        np.testing.assert_allclose(whole.rival(name, 2), shorter.rival(name), rtol=1e-2, atol=1e-4, err_msg=name)
+        one, other = whole.rival(name, 2, ground(shorter)), shorter.rival(name, clean=ground(shorter))
+        np.testing.assert_allclose(one, other, rtol=1e-2, atol=1e-4, err_msg=name)
     assert np.isnan(whole.rival("density_l2", 1)).all() and not np.isnan(whole.rival("loss", 1)).any()
 
 
@@ -75,9 +83,13 @@ def test_tiles_see_a_small_difference_that_the_whole_does_not(rng):
     assert tiled_distance(plain, faint)[0] == pytest.approx(20 / 255)
 
 
-def test_anisotropy_weighs_both_by_their_spread(rng):
-    norm, cosine = rng.normal(5, 2, 50), rng.normal(0, 0.1, 50)
-    assert anisotropy(norm, cosine) == pytest.approx(norm / norm.std() + cosine / cosine.std())
+def test_anisotropy_weighs_both_by_their_spread_among_clean_prompts(rng):
+    norms, cosines = rng.normal(5, 2, (50, 3, 4)), rng.normal(0, 0.1, (50, 3))
+    clean = CleanNorms(norms, np.arange(4.0), {}, cosines)
+    assert clean.spread() == pytest.approx((norms[..., 0].mean(1).std(), cosines.mean(1).std()))
+    assert anisotropy(np.array([3.0]), np.array([0.5]), (2.0, 0.1)) == pytest.approx([6.5])
+    with pytest.raises(ValueError, match="asks for whole ones"):
+        CleanNorms(norms, np.arange(4.0), {}).spread()
 
 
 def test_loss_is_that_of_the_training_objective_on_the_own_picture(pipeline):
@@ -89,6 +101,13 @@ def test_loss_is_that_of_the_training_objective_on_the_own_picture(pipeline):
     np.testing.assert_allclose(again, found[1:], rtol=1e-3)
     other = own_loss(pipeline, batch, pictures[::-1].copy(), FORM)
     assert not np.allclose(found, other)
+
+
+def test_noise_of_the_loss_is_not_what_the_picture_was_made_from():
+    jobs = [Job(number, "", seed) for number in range(3) for seed in range(3)]
+    drawn = [torch.randn(2, generator=generator_of(job)) for job in jobs]
+    drawn += [torch.randn(2, generator=fresh_generator(job, place)) for job in jobs for place in range(4)]
+    assert len({*map(tuple, torch.stack(drawn).tolist())}) == 9 + 36
 
 
 def clean(count=199, seeds=4, steps=5, seed=0):
@@ -105,6 +124,42 @@ def test_p_values_of_clean_prompts_are_uniform_and_small_ones_rare():
     for rate in (0.01, 0.05, 0.2):
         threshold = ground.threshold(rate, 2, 3)
         assert ((fresh.metric(2, 3) >= threshold) == (p <= rate + 1e-12)).all()
+
+
+def test_steps_that_cannot_be_read_are_no_ground_for_a_verdict():
+    ground = clean()
+    ground.norms[:, :, 0] = np.nan
+    assert ground.first == 2 and clean().first == 1
+    assert ground.metric(2) == pytest.approx(ground.norms[..., 1].mean(1))
+    assert ground.usual == pytest.approx(np.median(ground.norms[..., 1]))
+    with pytest.raises(ValueError, match="the first 1 steps cannot be read"):
+        ground.threshold(0.1, 1)
+
+
+def test_zero_terminal_snr_is_judged_by_later_steps(zero_snr):
+    ground = clean_norms(zero_snr, [f"a picture no {i}" for i in range(9)], SAMPLING, progress=False)
+    signals = measure_prompts(zero_snr, PROMPTS, SAMPLING, rivals=("anisotropy",), progress=False)
+    assert ground.first == SAMPLING.first(zero_snr) == 2 and np.isnan(signals.metric(1)).all()
+    threshold, p = judge(signals, ground, 0.2, 2)
+    assert np.isfinite(threshold) and (p < 1).any()
+    assert np.isfinite(signals.rival("anisotropy", clean=ground)).all()
+
+
+def test_safety_checker_is_set_aside_where_pictures_are_measured(sd1):
+    plain = measure_prompts(sd1, PROMPTS, SAMPLING, rivals=RIVALS, progress=False)
+    checked = copy.copy(sd1)
+    checked.safety_checker = Blackening()
+    found = measure_prompts(checked, PROMPTS, SAMPLING, rivals=RIVALS, progress=False)
+    assert isinstance(checked.safety_checker, Blackening)
+    np.testing.assert_allclose(found.norms, plain.norms)
+    np.testing.assert_allclose(found.rival("density_l2"), plain.rival("density_l2"))
+
+
+class Blackening(torch.nn.Module):
+    device, dtype = torch.device("cpu"), torch.float32
+
+    def forward(self, images, clip_input):
+        return np.zeros_like(images), [True] * len(images)
 
 
 def test_too_few_clean_prompts_for_a_rate_are_an_error():
@@ -128,7 +183,10 @@ def test_file_holds_all_of_it_and_other_files_are_refused(tmp_path):
     again.require({"steps": 5})
     with pytest.raises(ValueError, match="steps 5 and 50"):
         again.require({"steps": 50})
-    for content in ("", "[]", "{}", json.dumps({"format": "memfilter clean norms 1", "norms": [], "timesteps": [], "about": {}})):
+    valid = json.loads((tmp_path / "clean.json").read_text(), parse_constant=pytest.fail)  # NaN is no JSON
+    broken = [valid | change for change in ({"norms": []}, {"about": 3}, {"cosines": [1]}, {"norms": [[[None] * 5]]})]
+    broken.append({name: value for name, value in valid.items() if name != "about"})
+    for content in ("", "[]", "{}", *map(json.dumps, broken)):
         (tmp_path / "other.json").write_text(content)
         with pytest.raises(ValueError, match="no norms of clean prompts"):
             CleanNorms.load(tmp_path / "other.json")
@@ -165,7 +223,7 @@ def test_loss_at_a_known_noise(sd1):
     with torch.no_grad():
         pixels = torch.from_numpy(pictures / 127.5 - 1).permute(0, 3, 1, 2).float()
         latents = sd1.vae.encode(pixels).latent_dist.mean * sd1.vae.config.scaling_factor
-        noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(0))
+        noise = torch.randn(latents.shape, generator=fresh_generator(batch[0], 0))
         noisy = sd1.scheduler.add_noise(latents, noise, torch.tensor([300]))
         embeds = first_calls(sd1, 1, **arguments_of(batch, *FORM))[0].cond["encoder_hidden_states"]
         pred = sd1.unet(noisy, 300, encoder_hidden_states=embeds).sample

@@ -157,15 +157,23 @@ def test_factor_at_timesteps_between_those_of_the_training(pipeline):
         assert factor_at(scheduler, timestep) == pytest.approx(expected, rel=1e-4)
 
 
-def test_norm_tells_nothing_at_zero_terminal_snr(tmp_path_factory):
-    import tiny
-
-    from memfilter.pipelines import load_pipeline
-
-    path = tiny.save_pipeline(tmp_path_factory.mktemp("zero") / "sd2", "sd2", rescale_betas_zero_snr=True)
-    pipeline = load_pipeline(str(path))
-    pipeline.scheduler.register_to_config(timestep_spacing="trailing")
-    with watch(pipeline) as seen:
-        generated(pipeline)
+def test_norm_tells_nothing_at_zero_terminal_snr_and_is_compared_one_step_later(zero_snr):
+    with watch(zero_snr) as seen:
+        generated(zero_snr)
     assert seen.norms[:, 0].isnan().all() and not seen.norms[:, 1:].isnan().any()
+    told = []
+    with watch(zero_snr, threshold=0.0, after=1, images_per_prompt=2, on_memorized=told.append):
+        generated(zero_snr)
+    assert [found.steps for found in told] == [2]
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [({"after": 0}, "at least 1, found 0"), ({"after": 9}, "after is 9, the generation has 4 steps"),
+     ({"images_per_prompt": 3}, "images_per_prompt is 3, the generation has 4 pictures")],
+)  # fmt: skip
+def test_comparison_that_cannot_be_made_is_refused_before_the_generation(sd1, settings, message):
+    with pytest.raises(ValueError, match=message), watch(sd1, threshold=0.0, **settings) as seen:
+        generated(sd1)
+    assert settings.get("after") == 0 or not seen.generations
     assert not seen.metric().isnan().any()
