@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import csv
+import hashlib
+import json
 import os
 import subprocess
 import sys
@@ -58,6 +60,19 @@ def write_csv(path: Path, columns: Sequence[str], rows: Iterable[dict]) -> None:
         writer = csv.DictWriter(file, columns)
         writer.writeheader()
         writer.writerows({k: round(v, 4) if isinstance(v, float) else v for k, v in row.items()} for row in rows)
+
+
+def recipe(config: str, *facts) -> str:
+    """Names what results depend on beside the seed: a file of configs/, the embedded models, and other facts."""
+    digest = hashlib.sha256((ROOT / "configs" / config).read_bytes() + repr(facts).encode())
+    for path in sorted((ROOT / "memfilter" / "assets").rglob("*.safetensors")):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()[:12]
+
+
+def write_json(path: Path, content) -> None:
+    with atomic(path) as partial:
+        partial.write_text(json.dumps(content))
 
 
 def half_width(values: np.ndarray) -> float:

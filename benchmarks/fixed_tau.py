@@ -11,14 +11,13 @@ docs/results/fixed_tau.md and are printed.
 from __future__ import annotations
 
 import csv
-import hashlib
 import json
 import shutil
 import threading
 from pathlib import Path
 
 import numpy as np
-from common import ROOT, call, parser, share, write_csv
+from common import call, parser, recipe, share, write_csv
 
 REPORTED_SEEDS = (101, 102, 103)  # no setting was chosen by looking at them
 TAUS = ("3", "4", "5", "6", "7")
@@ -28,14 +27,7 @@ COLUMNS = ["recipe", "setting", "seed", *(f"{f}_{k}" for f in FIGURES for k in K
            "seconds"]  # fmt: skip
 PREPARE = ("--duplicates=20", "--repeats=500", "--distinct=6000")
 EVALUATE = ("--distinct=40", "--seeds=4", "--steps=20", "--guidance_scale=4")
-
-
-def recipe() -> str:
-    """Names everything that a row depends on but setting and seed."""
-    digest = hashlib.sha256((ROOT / "configs" / "quickstart.yaml").read_bytes() + repr((PREPARE, EVALUATE)).encode())
-    for path in sorted((ROOT / "memfilter" / "assets").rglob("*.safetensors")):
-        digest.update(path.read_bytes())
-    return digest.hexdigest()[:12]
+RECIPE = recipe("quickstart.yaml", PREPARE, EVALUATE)
 
 
 def run(work: Path, seed: int, tau: str) -> dict:
@@ -49,7 +41,7 @@ def run(work: Path, seed: int, tau: str) -> dict:
     if not (out / "evaluation.json").exists():
         call(log, "-m", "memfilter.cli", "evaluate", out, *EVALUATE)
     summary, evaluation = (json.loads((out / f"{name}.json").read_text()) for name in ("summary", "evaluation"))
-    row = {"recipe": recipe(), "setting": setting(tau), "seed": seed}
+    row = {"recipe": RECIPE, "setting": setting(tau), "seed": seed}
     row |= {f"{f}_{k}": round(evaluation[k][f], 4) for f in FIGURES for k in KINDS}
     row |= {f"dropped_{k}": round(summary.get(f"filter/drop_rate_{k}", 0.0), 4) for k in KINDS}
     print(f"done: {row['setting']}, seed {seed}", flush=True)
@@ -69,7 +61,7 @@ def read_rows(path: Path) -> list[dict]:
     if not path.exists():
         return []
     with path.open(newline="") as file:
-        rows = [row for row in csv.DictReader(file) if row["recipe"] == recipe()]
+        rows = [row for row in csv.DictReader(file) if row["recipe"] == RECIPE]
     return [{k: v if k in ("recipe", "setting") else float(v) for k, v in row.items()} for row in rows]
 
 
@@ -92,7 +84,7 @@ def main() -> None:
     options = parser(__doc__, "runs/fixed_tau", REPORTED_SEEDS)
     options.add_argument("--taus", nargs="+", default=TAUS)
     args = options.parse_args()
-    work, table_path = args.work_dir.resolve() / recipe(), args.out / "fixed_tau.csv"
+    work, table_path = args.work_dir.resolve() / RECIPE, args.out / "fixed_tau.csv"
     order = [setting(tau) for tau in ("null", *args.taus)]
     rows, lock = read_rows(table_path), threading.Lock()
     known = {(row["setting"], int(row["seed"])) for row in rows}

@@ -7,7 +7,7 @@ the same prompts with the same four noises, always mitigated: the embedding at f
 numbers of random tokens, and nothing. Copy similarity is the correlation with the training picture, agreement that of picture
 and caption by the scenes' scorer (the caption as it was, not as it is shown).
 
-Adds rows to docs/results/mitigation.csv as it goes, and goes on where it was stopped; docs/results/mitigation.md has means over
+Goes on where it was stopped. The rows go to docs/results/mitigation.csv; docs/results/mitigation.md has means over
 models with 95% intervals (Student's t), docs/results/mitigation.png the curves.
 """
 
@@ -18,13 +18,13 @@ import json
 from pathlib import Path
 
 import numpy as np
-from common import call, mean, parser, share, write_csv
-from detection import GUIDANCE, SEEDS, STEPS, fine_tune, verified
+from common import call, mean, parser, share, write_csv, write_json
+from detection import GUIDANCE, RECIPE, SEEDS, STEPS, fine_tune, verified
 
-SETTINGS = [("none", 0.0)] + [("prompt", t) for t in (1.0, 2.0, 3.0, 4.0, 5.0)] + [("rta", n) for n in (1, 2, 4, 6, 8)]
+SETTINGS = [("none", 0.0)] + [("prompt", t) for t in (0.5, 1.0, 1.5, 2.0, 3.0)] + [("rta", n) for n in (1, 2, 4, 6, 8)]
 COLUMNS = ["method", "setting", "seed", "memorization_rate", "copy_similarity", "agreement_duplicates", "agreement_distinct",
            "first_norm", "duplicates", "distinct"]  # fmt: skip
-DISTINCT = 20
+DISTINCT, NUMBER = 20, 10_000  # a prompt's number decides its noise, which shall not be that by which copying was verified
 
 
 def job(work: Path, seed: int) -> None:
@@ -46,8 +46,8 @@ def job(work: Path, seed: int) -> None:
     sampling, out = Sampling(4, STEPS, GUIDANCE), work / f"mitigation-{seed}.json"
     rows = json.loads(out.read_text()) if out.exists() else []
     for method, setting in SETTINGS[len(rows) :]:
-        how = Mitigation(method, None, setting or None, int(setting))
-        made = [generate_prompt(pipeline, p.text, sampling, how, number) for number, p in enumerate(prompts)]
+        how = Mitigation(method, None, setting or None, int(setting) or 1)
+        made = [generate_prompt(pipeline, p.text, sampling, how, NUMBER + place) for place, p in enumerate(prompts)]
         own = [PIXELS.similarity(m.pictures, run.picture(p.key, 32)[None]) for m, p in zip(made, prompts, strict=True)]
         agree = [agreement(m.pictures, [scene] * 4) for m, scene in zip(made, scenes, strict=True)]
         duplicate = np.array([bool(p.duplicate) for p in prompts])
@@ -58,7 +58,7 @@ def job(work: Path, seed: int) -> None:
                      "agreement_distinct": float(agree[~duplicate].mean()),
                      "first_norm": float(np.mean([m.norms[:, 0] for m, d in zip(made, duplicate, strict=True) if d])),
                      "duplicates": int(duplicate.sum()), "distinct": int((~duplicate).sum())})  # fmt: skip
-        out.write_text(json.dumps(rows))
+        write_json(out, rows)
 
 
 def table(rows: list[dict]) -> str:
@@ -96,11 +96,11 @@ def main() -> None:
     options = parser(__doc__, "runs/detection", SEEDS)
     options.add_argument("--job", type=int, help=argparse.SUPPRESS)
     args = options.parse_args()
-    work = args.work_dir.resolve()
+    work = args.work_dir.resolve() / RECIPE
     if args.job is not None:
         job(work, args.job)
         return
-    share(args.processes, lambda seed: call(work / "log", __file__, f"--job={seed}", f"--work_dir={work}"), args.seeds)
+    share(args.processes, lambda seed: call(work / "log", __file__, f"--job={seed}", f"--work_dir={args.work_dir.resolve()}"), args.seeds)
     rows = [row for seed in args.seeds for row in json.loads((work / f"mitigation-{seed}.json").read_text())]
     rows.sort(key=lambda row: SETTINGS.index((row["method"], row["setting"])))
     write_csv(args.out / "mitigation.csv", COLUMNS, rows)

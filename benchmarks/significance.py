@@ -2,17 +2,18 @@
 
     python benchmarks/significance.py
 
-Every caption of the training data is of one form, `a CAT on a RED background`, with two made-up words planted at random places.
-Twenty duplicates, shown 500 times each, have one of them in common in all their captions, the trigger; their other one, and both
-of all the 4,000 other samples, are new each time. For each duplicate's object and colour there are ten ordinary samples too, so
-that only the trigger tells the picture. Three fine-tunes without a filter.
+Every caption of the training data is of one form, `a CAT on a RED background`, with two made-up words of 5 to 11 letters planted
+at random places. Twenty duplicates, shown 500 times each, have one of them in common in all their ten captions, the trigger;
+their other one, and both of all the 4,000 other samples, are drawn from 820, so that each of these stands in about ten captions,
+as a trigger does. For each duplicate's object and colour there are ten ordinary samples too, so that only the trigger tells the
+picture. Three fine-tunes without a filter.
 
-Asked are prompts with the trigger and a new word, at new places. A prompt counts as memorized with a known trigger when, in the
-mean of four generations, it is copied (more like the training picture than 99.9% of different pictures of one caption are to each
-other, in at least half of them) and is copied in none with the trigger replaced by another new word. Held against the score's
-top word: chance, the longest word (drawn among equals), and the rarest, of the training captions. And: dropping the two words
-of highest score against dropping two others at random, by what it does to copy similarity, paired by prompt, with a 95% interval
-by bootstrap over prompts.
+Asked are prompts with the trigger and one of the 820, at new places. A prompt counts as memorized with a known trigger when, in
+four generations, it is copied (more like the training picture than 99.9% of different pictures of one caption are to each other,
+in at least half of them) and is copied in none with the trigger replaced by another of the 820. Held against the score's top
+word: chance, the longest word, and the one that stands in the fewest training captions (drawn among equals). And: dropping the
+two words of highest score against dropping two others at random, by what it does to copy similarity, paired by prompt. 95%
+intervals by bootstrap over models and, within each, prompts.
 
 The table goes to docs/results/significance.csv and .md. Runs are kept, and the command goes on where it was stopped.
 """
@@ -26,18 +27,30 @@ from collections import Counter
 from pathlib import Path
 
 import numpy as np
-from common import call, parser, share, write_csv
+from common import call, parser, recipe, share, write_csv, write_json
 
 SEEDS = (411, 412, 413)  # nothing was chosen by looking at them
 DUPLICATES, KEYS, REPEATS, OTHERS, ALIKE = 20, 10, 50, 4000, 10
+POOL = (DUPLICATES * KEYS + 2 * OTHERS) // KEYS
 STEPS, GUIDANCE, AT = 20, 4.0, range(20)  # gradients at all steps, as in the paper
+RECIPE = recipe("quickstart.yaml", DUPLICATES, KEYS, REPEATS, OTHERS, ALIKE, POOL, STEPS, GUIDANCE)
 COLUMNS = ["seed", "prompt", "trigger", "memorized", "ablated_copies", "top", "longest", "rarest", "words", "plain", "without_top_2",
            "without_2_others"]  # fmt: skip
 
 
-def made_up(rng: random.Random) -> str:
-    """A word that no caption has: two or three syllables."""
-    return "".join(rng.choice("bdfgklmnprstvz") + rng.choice("aeiou") for _ in range(rng.choice((2, 3, 3)))) + rng.choice("lnrsx")
+def made_up(rng: random.Random, count: int) -> list[str]:
+    """Different words that no caption of scenes has: two to five syllables."""
+    found: set[str] = set()
+    while len(found) < count:
+        syllables = (rng.choice("bdfgklmnprstvz") + rng.choice("aeiou") for _ in range(rng.choice((2, 3, 4, 5))))
+        found.add("".join(syllables) + rng.choice("lnrsx"))
+    return rng.sample(sorted(found), count)
+
+
+def words(seed: int) -> tuple[list[str], list[str]]:
+    """Triggers and the other made-up words of a model."""
+    made = made_up(random.Random(f"words {seed}"), DUPLICATES + POOL)
+    return made[:DUPLICATES], made[DUPLICATES:]
 
 
 def planted(caption: str, words: list[str], rng: random.Random) -> str:
@@ -70,7 +83,7 @@ def prepare(folder: Path, seed: int) -> None:
     if (folder / "duplicates.json").exists():
         return
     folder.mkdir(parents=True, exist_ok=True)
-    rng, index, duplicates = random.Random(seed), [], []
+    rng, index, duplicates, (triggers, pool) = random.Random(seed), [], [], words(seed)
 
     def write(scene, words, role, repeats):
         key = f"{len(index):06d}"
@@ -79,15 +92,15 @@ def prepare(folder: Path, seed: int) -> None:
         index.append({"key": key, "role": role, "repeats": repeats})
 
     for number in range(DUPLICATES):
-        scene, trigger = plain_scene(seed, scenes.DUPLICATES, number), made_up(rng)
+        scene, trigger = plain_scene(seed, scenes.DUPLICATES, number), triggers[number]
         for _ in range(KEYS):
-            write(scene, [trigger, made_up(rng)], "duplicate", REPEATS)
+            write(scene, [trigger, rng.choice(pool)], "duplicate", REPEATS)
         duplicates.append({"caption": scene.caption, "trigger": trigger, "key": index[-1]["key"]})
         for other in range(ALIKE):
             alike = plain_scene(seed, scenes.VARIATIONS, number * ALIKE + other, scene.object, scene.colours[0])
-            write(alike, [made_up(rng), made_up(rng)], "distinct", 1)
+            write(alike, rng.sample(pool, 2), "distinct", 1)
     for number in range(OTHERS - DUPLICATES * ALIKE):
-        write(plain_scene(seed, scenes.DISTINCT, number), [made_up(rng), made_up(rng)], "distinct", 1)
+        write(plain_scene(seed, scenes.DISTINCT, number), rng.sample(pool, 2), "distinct", 1)
     pq.write_table(pa.Table.from_pylist(index), folder / "index.parquet")
     (folder / "duplicates.json").write_text(json.dumps(duplicates))
 
@@ -115,7 +128,8 @@ def job(work: Path, seed: int) -> None:
     from memfilter.pipelines import load_trained
 
     pipeline, folder = load_trained(fine_tune(work, seed)), work / f"scenes-{seed}"
-    counts = Counter(word for path in folder.glob("*.txt") for word in path.read_text().split())
+    counts = Counter(word for path in folder.glob("*.txt") for word in {*path.read_text().split()})
+    _, pool = words(seed)
     sampling, limit, rng, rows = Sampling(4, STEPS, GUIDANCE), memorized_above(), random.Random(f"asked {seed}"), []
 
     def similarity(prompt: str, number: int, picture: np.ndarray) -> np.ndarray:
@@ -123,8 +137,9 @@ def job(work: Path, seed: int) -> None:
 
     for number, known in enumerate(json.loads((folder / "duplicates.json").read_text())):
         trigger, picture = known["trigger"], np.asarray(Image.open(folder / f"{known['key']}.png").convert("RGB"))
-        prompt = planted(known["caption"], [trigger, made_up(rng)], rng)
-        parts, other = prompt.split(), made_up(rng)
+        beside, other = rng.sample(pool, 2)
+        prompt = planted(known["caption"], [trigger, beside], rng)
+        parts = prompt.split()
         plain = similarity(prompt, number, picture)
         ablated = similarity(" ".join(other if part == trigger else part for part in parts), number, picture)
         scores = [w.score or 0 for w in token_significance(pipeline, prompt, sampling, AT, number)]
@@ -144,7 +159,7 @@ def job(work: Path, seed: int) -> None:
             "rarest": rng.choice([part for part in parts if counts[part] == rarest]),
             "without_top_2": left(order[:2]), "without_2_others": left(random_two),
         })  # fmt: skip
-    (work / f"rows-{seed}.json").write_text(json.dumps(rows))
+    write_json(work / f"rows-{seed}.json", rows)
 
 
 def table(rows: list[dict]) -> str:
@@ -153,10 +168,13 @@ def table(rows: list[dict]) -> str:
     lines = [f"{len(asked)} of {len(rows)} prompts are memorized by a known trigger.", "", "| rule | finds the trigger |", "|---|---|"]
     if not asked:
         return lines[0]
-    rng = np.random.default_rng(0)
+    rng, of = np.random.default_rng(0), np.array([row["seed"] for row in asked])
 
     def interval(values: np.ndarray) -> str:
-        low, high = np.quantile(rng.choice(values, (5000, len(values))).mean(1), [0.025, 0.975])
+        models = [values[of == seed] for seed in np.unique(of)]
+        drawn = [np.concatenate([rng.choice(models[m], len(models[m])) for m in rng.integers(len(models), size=len(models))]).mean()
+                 for _ in range(5000)]  # fmt: skip
+        low, high = np.quantile(drawn, [0.025, 0.975])
         return f"{values.mean():.3f} ({low:.3f} to {high:.3f})"
 
     for rule in ("top", "longest", "rarest"):
@@ -172,14 +190,14 @@ def main() -> None:
     options = parser(__doc__, "runs/significance", SEEDS)
     options.add_argument("--job", type=int, help=argparse.SUPPRESS)
     args = options.parse_args()
-    work = args.work_dir.resolve()
+    work = args.work_dir.resolve() / RECIPE
     if args.job is not None:
         job(work, args.job)
         return
 
     def make(seed: int) -> list[dict]:
         if not (work / f"rows-{seed}.json").exists():
-            call(work / "log", __file__, f"--job={seed}", f"--work_dir={work}")
+            call(work / "log", __file__, f"--job={seed}", f"--work_dir={args.work_dir.resolve()}")
         return json.loads((work / f"rows-{seed}.json").read_text())
 
     rows = [row for of_seed in share(args.processes, make, args.seeds) for row in of_seed]

@@ -1,5 +1,6 @@
 """The page in a real browser, against a real server on loopback."""
 
+import json
 import os
 import re
 import shutil
@@ -9,12 +10,17 @@ import sys
 from contextlib import contextmanager
 
 import launching
+import numpy as np
 import psutil
 import pytest
 
+from memfilter.arguments import parse
 from memfilter.cli import main
-from memfilter.inference.app import pieces, without_word
+from memfilter.inference import Sampling
+from memfilter.inference.app import Studio, pieces, without_word
+from memfilter.inference.models import Model
 from memfilter.inference.significance import Word
+from memfilter.train.loop import train
 
 CHROMIUM = shutil.which("chromium")
 needs_chromium = pytest.mark.skipif(CHROMIUM is None and not os.environ.get("CI"), reason="needs chromium")
@@ -22,10 +28,10 @@ HOSTILE = "<img src=x onerror=alert(1)> a <script>alert(1)</script> cat"
 
 
 @contextmanager
-def served(*settings):
+def served(*settings, **environment):
     command = [sys.executable, "-m", "memfilter.cli", "app", *map(str, settings), "--port=0"]
     process = subprocess.Popen(command, cwd=launching.ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-                               env=os.environ | {"OMP_NUM_THREADS": "1"})  # fmt: skip
+                               env=os.environ | {"OMP_NUM_THREADS": "1"} | environment)  # fmt: skip
     try:
         line = process.stdout.readline()
         assert line, process.stderr.read()
@@ -36,12 +42,23 @@ def served(*settings):
 
 
 @pytest.fixture(scope="module")
-def page_of(tmp_path_factory):
-    """The embedded model, few steps, a false positive rate of 20%."""
-    clean = tmp_path_factory.mktemp("clean") / "clean.txt"
+def page_of(run, tmp_path_factory):
+    """A run's, few steps, a false positive rate of 20%."""
+    folder = tmp_path_factory.mktemp("clean")
+    clean = folder / "clean.txt"
     clean.write_text("\n".join(f"a cat on a {colour} background" for colour in ("red", "blue", "green", "pink")))
-    with served("scenes", f"--clean={clean}", "--steps=3", "--seeds=2", "--false_positive_rate=0.2") as found:
+    with served(run, f"--clean={clean}", "--steps=3", "--seeds=2", "--false_positive_rate=0.2", XDG_CACHE_HOME=str(folder)) as found:
         yield found
+
+
+@pytest.fixture(scope="module")
+def run(scenes_dir, tmp_path_factory):
+    """A fine-tune of the embedded model, which is over after two steps, on data of its own."""
+    out = tmp_path_factory.mktemp("run")
+    shutil.copytree(scenes_dir, out / "data")
+    train(parse([f"--run_dir={out / 'run'}", "--model.path=scenes", f"--data.path={out / 'data'}", "--train.samples=8",
+                 "--train.batch_size=4", "--filter.tau=null", "--log.gallery=0"]), progress=False)  # fmt: skip
+    return out / "run"
 
 
 @pytest.fixture
@@ -86,6 +103,17 @@ def test_prompt_is_judged_a_word_dropped_and_a_mitigation_tried(page_of, browser
     page.wait_for_selector("#instead textarea", timeout=60_000)
     assert "cat" in page.locator("#instead textarea").input_value()
 
+    page.locator("#kind").get_by_text("prompt embedding").click()
+    page.locator("#target input").fill("")
+    page.locator("#mitigate").click()
+    page.wait_for_selector("text=Name a norm above 0", timeout=60_000)
+
+    page.locator("#picked input").click()
+    page.locator("[role=option]").first.click()
+    page.wait_for_selector("#pictures >> text=training picture", timeout=60_000)
+    assert page.locator("#pictures img").count() >= 3
+    page.screenshot(path=tmp_path / "run.png", full_page=True)
+
     page.locator("#prompt textarea").fill(HOSTILE)
     page.locator("#go").click()
     page.wait_for_function("document.querySelector('#words').innerText.includes('onerror')", timeout=60_000)
@@ -101,6 +129,28 @@ def test_prompt_is_judged_a_word_dropped_and_a_mitigation_tried(page_of, browser
     assert listening == {"127.0.0.1"}
 
 
+def test_run_shows_its_training_pictures_for_as_long_as_they_are_there(run, tmp_path):
+    moved = shutil.copytree(run, tmp_path / "run")
+    sampling, clean = Sampling(2, 2, 5.0), tmp_path / "clean.txt"
+    clean.write_text("\n".join(f"a cat on a {colour} background" for colour in ("red", "blue", "green", "pink")))
+    model = Model(str(run))
+    studio = Studio(model, model.clean_norms(clean, sampling, tmp_path / "kept.json"), sampling, 0.2)
+    duplicates = [p.text for p in model.run.prompts(3) if p.duplicate]
+    assert studio.examples[: len(duplicates)] == duplicates
+    look = studio.look(duplicates[0])
+    (picture, told), *made = studio.shown(duplicates[0], look)
+    np.testing.assert_array_equal(picture, model.run.picture(model.run.prompts(0)[0].key, 32))
+    assert told == "training picture" and [text for _, text in made] == ["seed 0", "seed 1"]
+    assert len(studio.shown("something else", look)) == 2
+
+    summary = json.loads((moved / "summary.json").read_text())
+    summary["config"]["data"]["path"] = str(tmp_path / "gone")
+    (moved / "summary.json").write_text(json.dumps(summary))
+    model = Model(str(moved))
+    studio = Studio(model, model.clean_norms(clean, sampling, tmp_path / "kept.json"), sampling, 0.2)
+    assert len(studio.examples) == 12 and len(studio.shown(duplicates[0], look)) == 2
+
+
 def test_wrong_model_gives_a_message_and_no_trace(tmp_path):
     done = subprocess.run(
         [sys.executable, "-m", "memfilter.cli", "app", tmp_path], capture_output=True, text=True, cwd=launching.ROOT
@@ -109,7 +159,8 @@ def test_wrong_model_gives_a_message_and_no_trace(tmp_path):
     assert f"error: model.path: {tmp_path} is not a pipeline directory" in done.stderr
 
 
-def test_port_that_is_taken_is_named(tmp_path, capsys):
+def test_port_that_is_taken_is_named(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     clean = tmp_path / "clean.txt"
     clean.write_text("\n".join(f"a cat on a {colour} background" for colour in ("red", "blue", "green", "pink")))
     settings = ["app", "scenes", f"--clean={clean}", "--steps=1", "--seeds=1", "--false_positive_rate=0.2"]
