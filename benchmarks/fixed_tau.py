@@ -67,15 +67,14 @@ def read_rows(path: Path) -> list[dict]:
 
 def table(rows: list[dict]) -> str:
     """Markdown: mean and standard deviation over seeds of every figure, one line per setting."""
-    shown = [c for c in COLUMNS if c not in ("recipe", "setting", "seed")]
+    shown = [c for c in COLUMNS if c not in ("recipe", "setting", "seed", "seconds")]  # of a machine that others share
     lines = ["| setting | seeds | " + " | ".join(c.replace("_", " ") for c in shown) + " |", "|---" * (len(shown) + 2) + "|"]
     for setting in dict.fromkeys(row["setting"] for row in rows):
         of = [row for row in rows if row["setting"] == setting]
         cells = []
         for column in shown:
             values = np.array([row[column] for row in of])
-            digits = 0 if column == "seconds" else 3
-            cells.append(f"{values.mean():.{digits}f} ± {values.std(ddof=1) if len(of) > 1 else 0:.{digits}f}")
+            cells.append(f"{values.mean():.3f} ± {values.std(ddof=1) if len(of) > 1 else 0:.3f}")
         lines.append(f"| {setting} | {len(of)} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
@@ -101,7 +100,7 @@ def main() -> None:
             write_csv(table_path, COLUMNS, [row | {"seed": int(row["seed"]), "seconds": int(row["seconds"])} for row in rows])
 
     share(args.processes, finish, jobs)
-    text = table(rows)
+    text = f"`python benchmarks/fixed_tau.py`: mean ± standard deviation over seeds.\n\n{table(rows)}"
     (args.out / "fixed_tau.md").write_text(text + "\n")
     print(text)
 

@@ -15,15 +15,18 @@ import yaml
 from memfilter.config import Config, ConfigError, check, filled_in, settings_of
 
 
-def parse(argv: list[str], description: str = "") -> Config:
+def parse(argv: list[str], description: str = "", usage: str | None = None) -> Config:
     """The configuration that a command line asks for; ``--help`` and ``--print_config`` print and exit.
+
+    Args:
+        description, usage: for ``--help``; by default the usage lists all settings.
 
     Raises:
         ConfigError: with every setting that is unknown, of the wrong type or out of range.
     """
     from jsonargparse import ArgumentParser
 
-    parser = ArgumentParser(description=description, default_env=False, exit_on_error=False, allow_abbrev=False)
+    parser = ArgumentParser(description=description, usage=usage, default_env=False, exit_on_error=False, allow_abbrev=False)
     parser.add_argument("--config", action="config", help="YAML file with any of the settings below")
     parser.add_class_arguments(Config, as_group=False)
 

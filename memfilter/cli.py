@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 import os
 import sys
@@ -218,6 +219,15 @@ def report_pair(off: str, on: str, out: str) -> None:
     print(out)
 
 
+# packages that only some commands need, and what installs them
+EXTRAS = {
+    **dict.fromkeys(("faiss", "PIL", "pyarrow", "webdataset"), "data"),
+    **dict.fromkeys(("accelerate", "diffusers", "jinja2", "safetensors", "transformers", "wandb"), "train"),
+    **dict.fromkeys(("matplotlib", "pandas", "plotly", "scipy", "sklearn", "torchmetrics"), "eval"),
+    "gradio": "app",
+}
+
+
 def quiet_libraries() -> None:
     """diffusers and transformers greet every start with warnings about packages that are not needed here, and so do
     bitsandbytes and DeepSpeed, which they import. Call this before they are imported."""
@@ -236,7 +246,14 @@ def report_error(error: Exception) -> int:
 
 
 def main(argv: list[str] | None = None) -> int:
-    from jsonargparse import auto_cli
+    from jsonargparse import ArgumentParser, auto_cli
+
+    class Parser(ArgumentParser):
+        """Whose help has all that a command says of itself, not its first line alone."""
+
+        def add_function_arguments(self, function, *args, **kwargs):
+            self.description = (inspect.getdoc(function) or "").partition("\n\nArgs:")[0]
+            return super().add_function_arguments(function, *args, **kwargs)
 
     from memfilter.data.laion import commands as laion
     from memfilter.inference import commands as inference
@@ -272,9 +289,15 @@ def main(argv: list[str] | None = None) -> int:
         if argv[:1] in (["cache"], ["calibrate"]):  # they take the settings of a training run
             commands[argv[0]](*argv[1:])
             return 0
-        auto_cli(commands, args=argv, prog="memfilter", as_positional=True)
+        about = "YAML file with any of the arguments below"
+        auto_cli(commands, args=argv, prog="memfilter", as_positional=True, parser_class=Parser, config_help=about)
     except (ValueError, OSError) as error:
         return report_error(error)
+    except ModuleNotFoundError as error:
+        extra = EXTRAS.get((error.name or "").partition(".")[0])
+        if extra is None:
+            raise
+        return report_error(ValueError(f"this needs the package {error.name}: pip install '.[{extra}]'"))
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130  # as shells have it

@@ -82,7 +82,7 @@ class MemFilter:
         optimizer.step()
 
     Args:
-        tau: samples whose norm is not below it are dropped (Section 4.2 of the paper; 2..6 there, for Stable Diffusion
+        tau: samples whose norm is not below it are dropped (Section 4.3 of the paper; 2..6 there, for Stable Diffusion
             at 512 px). ``inf``: measure only. None, without another rule: no extra pass, nothing checked.
         threshold: another rule for single norms, such as `TimestepThreshold`, instead of tau.
         evidence: a rule that knows every sample's key, such as `Evidence`; `batch` must then name the keys, and every rank

@@ -123,7 +123,7 @@ def log_gain(cond_error: Tensor, null_error: Tensor) -> Tensor:
 
 
 def keep_mask(norm: Tensor, tau: float) -> Tensor:
-    """Which samples stay in the loss: ``norm < tau``, strictly (Section 4.2). [B] -> bool [B].
+    """Which samples stay in the loss: ``norm < tau``, strictly (Section 4.3). [B] -> bool [B].
 
     A NaN compares false and would be dropped without a word: check for it first, as `MemFilter` does.
     """

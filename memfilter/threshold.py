@@ -14,7 +14,7 @@ from memfilter.reference import Reference
 
 @dataclass(frozen=True)
 class FixedThreshold:
-    """One tau for every timestep: the paper's rule (Section 4.2; it sweeps tau = 2..6 on Stable Diffusion).
+    """One tau for every timestep: the paper's rule (Section 4.3; it sweeps tau = 2..6 on Stable Diffusion).
 
     Args:
         tau: positive; ``inf`` keeps everything and only measures.

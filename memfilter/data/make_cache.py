@@ -281,9 +281,8 @@ def _caption(shards, key: str) -> str | None:
 
 # the command
 
+USAGE = "memfilter cache --data.cache=DIR [--dtype=fp32|fp16] [--samples_per_shard=1000] [settings of the training run]"
 HELP = """Encode every picture and caption once, into data.cache, for training to read.
-
-    memfilter cache --config my.yaml --data.cache=my/cache [--dtype=fp16] [--samples_per_shard=1000]
 
 Takes the settings of the training run. --dtype is of what is stored: fp32, or fp16 for half the space;
 --samples_per_shard says how many samples or captions a file has. Several processes share the work: `accelerate launch
@@ -308,6 +307,6 @@ def main(argv: list[str]) -> Path:
         own, settings = parser.parse_known_args(argv)
     except argparse.ArgumentError as error:
         raise ConfigError(str(error)) from error
-    out = make_cache(parse(settings, HELP), own.dtype, own.samples_per_shard)
+    out = make_cache(parse(settings, HELP, USAGE), own.dtype, own.samples_per_shard)
     end_processes()
     return out

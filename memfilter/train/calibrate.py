@@ -140,12 +140,12 @@ def table(calibration: Calibration) -> str:
     return "\n".join(lines)
 
 
+USAGE = "memfilter calibrate [--out=calibration.json] [--keys=300] [--looks=40] [settings of the training run]"
 HELP = """Look at clean samples with the model as it is, before it is fine-tuned: the ground for filter.method=evidence.
 
-    memfilter calibrate --config my.yaml --out=my/calibration.json [--keys=300] [--looks=40]
-
-Takes the settings of the training run; afterwards train with --filter.calibration=my/calibration.json. --keys says how many
-samples are looked at, --looks how often each. A third of the keys becomes the reference; with the n others a false flag rate
+Takes the settings of the training run; afterwards train with --filter.calibration=calibration.json, or what --out names.
+Clean are the samples of data.path that its index does not call duplicates, and all of them where no index tells. --keys says
+how many are looked at, --looks how often each. A third of the keys becomes the reference; with the n others a false flag rate
 of 1 / (n + 1) and above can be asked for, and the guarantee is for as many looks. Prints the norm's quantiles by timestep.
 Several processes share the work: `accelerate launch -m memfilter.cli calibrate ...`.
 """
@@ -168,7 +168,7 @@ def main(argv: list[str]) -> Path:
         own, settings = parser.parse_known_args(argv)
     except argparse.ArgumentError as error:
         raise ConfigError(str(error)) from error
-    config = parse(settings, HELP)
+    config = parse(settings, HELP, USAGE)
     calibration = calibrate(config, own.out, own.keys, own.looks)
     if os.environ.get("RANK", "0") == "0":
         print(table(calibration))

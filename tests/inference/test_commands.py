@@ -145,6 +145,20 @@ def test_words_are_shown_in_every_form(directory, tmp_path, capsys):
     assert main(["explain", str(directory), " ", *SMALL]) == 1
 
 
+def test_package_that_is_not_there_is_named_with_what_installs_it(directory, tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    assert main(["explain", str(directory), "a dog", f"--out={tmp_path / 'w.png'}", "--seeds=1", *SMALL]) == 1
+    assert "this needs the package matplotlib.figure: pip install '.[eval]'" in capsys.readouterr().err
+
+
+def test_help_says_all_that_a_command_says_of_itself(capsys):
+    with pytest.raises(SystemExit) as ended:
+        main(["detect", "--help"])
+    told = " ".join(capsys.readouterr().out.split())
+    assert ended.value.code == 0 and "What was interrupted goes on when it is run again." in told
+    assert "share of clean prompts that may be called memorized." in told
+
+
 def test_without_a_terminal_there_are_brackets_and_no_colours(directory):
     done = subprocess.run(
         [sys.executable, "-m", "memfilter.cli", "explain", directory, "a red dog", "--seeds=1", *SMALL],

@@ -223,7 +223,7 @@ def test_help_is_printed_and_ends_with_0(capsys):
         command(["calibrate", "--help"])
     assert stop.value.code == 0
     printed = capsys.readouterr().out
-    for words in ("memfilter calibrate --config", "--keys", "--looks", "--out", "--filter.calibration"):
+    for words in ("memfilter calibrate [--out", "--keys", "--looks", "--out", "--filter.calibration"):
         assert words in printed
 
 
