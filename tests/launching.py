@@ -5,6 +5,7 @@ import json
 import multiprocessing
 import os
 import runpy
+import signal
 import socket
 import subprocess
 import sys
@@ -24,16 +25,15 @@ def start(settings, processes: int | None = 1, zero: str | Path | None = None, s
 
     Args:
         settings: command line of the script.
-        processes: under torchrun; None starts the script itself.
+        processes: under torchrun; None starts the script itself, as `run` does.
         zero: DeepSpeed's configuration, a name in configs/deepspeed or a path.
         environment: variables to add.
     """
-    command = [sys.executable, script, *map(str, settings)]
-    if processes is not None:
-        torchrun = ["-m", "torch.distributed.run", f"--nproc_per_node={processes}", f"--master_port={free_port()}"]
-        command[1:1] = torchrun
+    if processes is None:
+        return Forked(script, settings, _variables(zero) | environment)
+    torchrun = ["-m", "torch.distributed.run", f"--nproc_per_node={processes}", f"--master_port={free_port()}"]
     return subprocess.Popen(
-        command,
+        [sys.executable, *torchrun, script, *map(str, settings)],
         cwd=ROOT,
         env=os.environ | _variables(zero) | environment,
         stdout=subprocess.PIPE,
@@ -68,13 +68,7 @@ def run(
     ]  # fmt: skip
     place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())} if processes else {}
     with tempfile.NamedTemporaryFile("r", suffix=".log") as log:
-        forked = [
-            _forks.Process(target=_rank, args=(str(script), list(map(str, settings)), variables | place | rank, log.name))
-            for rank in ranks
-        ]
-        with _environment(**_PRELOADED):
-            for process in forked:
-                process.start()
+        forked = [_fork(script, settings, variables | place | rank, log.name) for rank in ranks]
         end, late = time.monotonic() + seconds, False
         while any(process.is_alive() for process in forked):
             connection.wait([process.sentinel for process in forked if process.is_alive()], 1)
@@ -93,6 +87,50 @@ def run(
 _PRELOADED = {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "TRANSFORMERS_VERBOSITY": "error", "DIFFUSERS_VERBOSITY": "error"}
 _forks = multiprocessing.get_context("forkserver")
 _forks.set_forkserver_preload(["memfilter.cli", "memfilter.train.loop", "transformers", "diffusers", "launching"])
+
+
+def _fork(script: str | Path, settings, variables: dict[str, str], log: str):
+    process = _forks.Process(target=_rank, args=(str(script), list(map(str, settings)), variables, log))
+    with _environment(**_PRELOADED):
+        process.start()
+    return process
+
+
+class Forked:
+    """A forked process that does as a subprocess.Popen does."""
+
+    def __init__(self, script: str | Path, settings, variables: dict[str, str]):
+        self._log = tempfile.NamedTemporaryFile("r", suffix=".log")
+        self._process = _fork(script, settings, variables, self._log.name)
+        self.pid = self._process.pid
+
+    def poll(self) -> int | None:
+        return self._process.exitcode
+
+    @property
+    def returncode(self) -> int | None:
+        return self._process.exitcode
+
+    def send_signal(self, number: int) -> None:
+        if self.poll() is None:
+            os.kill(self.pid, number)
+
+    def terminate(self) -> None:
+        self.send_signal(signal.SIGTERM)
+
+    def kill(self) -> None:
+        self.send_signal(signal.SIGKILL)
+
+    def wait(self, timeout: float | None = None) -> int:
+        self._process.join(timeout)
+        if self.poll() is None:
+            raise subprocess.TimeoutExpired(self._process.name, timeout)
+        return self.returncode
+
+    def communicate(self, timeout: float | None = None) -> tuple[str, None]:
+        self.wait(timeout)
+        self._log.seek(0)
+        return self._log.read(), None
 
 
 def _rank(script: str, settings: list[str], variables: dict[str, str], log: str) -> None:

@@ -48,8 +48,11 @@ def shards(out) -> set[str]:
 
 def family(process) -> list[psutil.Process]:
     """The process and all that it started, which torchrun gives sessions of their own."""
-    first = psutil.Process(process.pid)
-    return [first, *first.children(recursive=True)]
+    try:
+        first = psutil.Process(process.pid)
+        return [first, *first.children(recursive=True)]
+    except psutil.NoSuchProcess:  # ended and collected
+        return []
 
 
 def kill(processes: list[psutil.Process]) -> None:

@@ -67,8 +67,8 @@ def stopped(settings, tmp_path_factory):
 
 @contextmanager
 def job(settings, **named):
-    """A started script, of which nothing is left afterwards. torchrun gives every worker a session of its own, so what
-    belongs to it is told by an environment variable."""
+    """A started script, of which nothing is left afterwards. What belongs to it is of its session, or, since torchrun gives
+    every worker one of its own, is told by an environment variable."""
     process = launching.start(settings, MEMFILTER_JOB=(name := uuid4().hex), **named)
     process.job = name
     try:
@@ -83,9 +83,10 @@ def alive(process) -> list[psutil.Process]:
     found = []
     for other in psutil.process_iter():
         try:
-            if other.environ().get("MEMFILTER_JOB") == process.job and other.status() != psutil.STATUS_ZOMBIE:
+            its = os.getsid(other.pid) == process.pid or other.environ().get("MEMFILTER_JOB") == process.job
+            if its and other.status() != psutil.STATUS_ZOMBIE:
                 found.append(other)
-        except psutil.Error:
+        except (psutil.Error, ProcessLookupError):
             pass
     return found
 
