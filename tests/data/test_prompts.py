@@ -36,6 +36,8 @@ def test_a_prompt_a_line(tmp_path):
         ("a.csv", b"", "has no column prompt, it has none"),
         ("a.csv", b"key,prompt\n1\n", "line 2: no prompt"),
         ("a.csv", b"prompt\n" + b"x" * 200_000, "cannot be read"),
+        ("a.csv", b"prompt,key\na,1\nb,2,3\n", "line 3: more fields than the 2 columns"),
+        ("a.jsonl", b'{"prompt": "a \\ud83d"}', "line 1: a prompt with half of a character"),
         ("a.parquet", b"PAR1", "cannot be read"),
         ("a.txt", b"\n \n", "holds none"),
     ],

@@ -67,6 +67,21 @@ def test_detections_are_those_of_the_library(directory, clean_file, files, capsy
     assert not list(files.glob(".*.parts"))
 
 
+@pytest.mark.parametrize("family", ["sd2", "sdxl"])
+def test_commands_are_the_same_for_every_family(family, clean_file, files, capsys):
+    model = tiny.save_pipeline(files / family, family)
+    assert main(detect(model, clean_file, files / "out.jsonl", "--rivals=[density_l2,density_copies,anisotropy,loss]")) == 0
+    for row in launching.lines(files / "out.jsonl"):
+        assert all(isinstance(row[name], float) for name in ("metric_all", "density_l2", "density_copies", "anisotropy", "loss"))
+    assert main(["explain", str(model), "a red dog", "--seeds=2", *SMALL]) == 0
+    assert main(generate(model, files / "none", "--prompt=a red dog")) == 0
+    before = [row["first_norm"] for row in launching.lines(files / "none" / "pictures.jsonl")]
+    mitigated = ["--prompt=a red dog", "--mitigation=prompt", "--when=always", f"--target={min(before) * 0.9}"]
+    assert main(generate(model, files / "moved", *mitigated)) == 0
+    after = [row["norms"][0] for row in launching.lines(files / "moved" / "pictures.jsonl")]
+    assert all(a < b for a, b in zip(after, before, strict=True))
+
+
 def test_saved_norms_serve_again_and_only_for_what_is_alike(directory, clean_file, files, capsys):
     assert main(detect(directory, clean_file, files / "a.jsonl")) == 0
     assert main(detect(directory, files / "a.clean.json", files / "b.jsonl")) == 0
