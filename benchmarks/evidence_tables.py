@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import csv
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -24,10 +23,10 @@ NAMES = {
 }
 FIGURES = ("memorization_rate", "distinct_dropped", "duplicates_dropped", "copy_similarity", "seed_agreement",
            "agreement_duplicates", "agreement_distinct", "passes", "time_ratio")  # fmt: skip
-COLOURS = {"none": "#868e96", "tau": "#e8590c", "timestep": "#9c36b5", "sightings": "#2f9e44", "evidence": "#1971c2",
+COLOURS = {"base": "#ced4da", "none": "#868e96", "tau": "#e8590c", "timestep": "#9c36b5", "sightings": "#2f9e44", "evidence": "#1971c2",
            "oracle": "#212529"}  # fmt: skip
-MARKERS = {"none": "s", "tau": "o", "timestep": "v", "sightings": "^", "evidence": "D", "oracle": "*"}
-EVIDENCE, NONE, ORACLE = ("evidence", "with savings"), ("none", ""), ("oracle", "")
+MARKERS = {"base": "X", "none": "s", "tau": "o", "timestep": "v", "sightings": "^", "evidence": "D", "oracle": "*"}
+EVIDENCE, UNSAVED, NONE, ORACLE = ("evidence", "with savings"), ("evidence", "without savings"), ("none", ""), ("oracle", "")
 
 
 class Table:
@@ -46,7 +45,7 @@ class Table:
     def of(self, scenario: str, setting: tuple[str, str], figure: str, seeds: list[int] | None = None) -> np.ndarray:
         """A figure by seed."""
         seeds = self.seeds(scenario, setting) if seeds is None else seeds
-        return np.array([float(self.rows[scenario, *setting, seed][figure]) for seed in seeds])
+        return np.array([float(self.rows[scenario, *setting, seed][figure] or "nan") for seed in seeds])
 
 
 def overview(table: Table, scenario: str) -> list[str]:
@@ -58,43 +57,70 @@ def overview(table: Table, scenario: str) -> list[str]:
     return lines
 
 
-def best_tau(table: Table, scenario: str, seeds: list[int]) -> tuple[str, str] | None:
-    """The fixed tau that memorizes least of those that drop no more distinct samples than evidence does; where there is
-    none, the one that drops fewest."""
-    taus = [s for s in table.settings if s[0] == "tau" and table.seeds(scenario, s)]
-    mean: Callable = lambda s, figure: table.of(scenario, s, figure, seeds).mean()  # noqa: E731
-    taus = [s for s in taus if set(seeds) <= set(table.seeds(scenario, s))]
-    allowed = [s for s in taus if mean(s, "distinct_dropped") <= mean(EVIDENCE, "distinct_dropped")]
-    if allowed:
-        return min(allowed, key=lambda s: mean(s, "memorization_rate"))
-    return min(taus, key=lambda s: mean(s, "distinct_dropped")) if taus else None
+def best_tau(table: Table, scenario: str, seeds: list[int], allowed: float) -> tuple[str, str] | None:
+    """The fixed tau that memorizes least of those that drop at most this share of distinct samples, over these seeds."""
+    taus = [s for s in table.settings if s[0] == "tau" and set(seeds) <= set(table.seeds(scenario, s))]
+    taus = [s for s in taus if table.of(scenario, s, "distinct_dropped", seeds).mean() <= allowed]
+    return min(taus, key=lambda s: table.of(scenario, s, "memorization_rate", seeds).mean(), default=None)
 
 
-def claims(table: Table, scenario: str) -> list[str]:
-    """What is claimed of evidence, with figures, whichever way they fall."""
-    lines = []
-    taus = [s for s in table.settings if s[0] == "tau"]
-    seeds = table.seeds(scenario, EVIDENCE, NONE, ORACLE, *taus)
+def claims(table: Table, scenario: str, own: tuple[str, str]) -> list[str]:
+    """What is claimed of a setting of evidence, with figures, whichever way they fall; every comparison over the seeds that
+    both have."""
+    seeds = table.seeds(scenario, own)
     if len(seeds) < 2:
-        return ["Too few seeds are finished."]
-    ours = table.of(scenario, EVIDENCE, "memorization_rate", seeds)
-    against = {"the best fixed tau at no more distinct samples dropped": best_tau(table, scenario, seeds)}
-    against |= {f"sightings {s[1]}": s for s in table.settings if s[0] == "sightings"}
-    against |= {f"timestep threshold {s[1]}": s for s in table.settings if s[0] == "timestep"}
+        return []
+    allowed = table.of(scenario, own, "distinct_dropped").mean()
+    others = {
+        f"the best fixed tau at no more distinct samples dropped than its own {allowed:.3f}": allowed,
+        "the fixed tau that memorizes least, whatever it drops": 1.0,
+    }
+    against = {name: best_tau(table, scenario, seeds, limit) for name, limit in others.items()}
+    against |= {f"{s[0]} {s[1]}": s for s in table.settings if s[0] in ("sightings", "timestep")}
+    lines = [f"Evidence {own[1]}, {len(seeds)} seeds:", ""]
     for name, other in against.items():
-        if other is None or not set(seeds) <= set(table.seeds(scenario, other)):
+        if other is None:
+            lines.append(f"- against {name}: there is none")
             continue
-        theirs = table.of(scenario, other, "memorization_rate", seeds)
-        difference, lost = theirs - ours, table.of(scenario, other, "distinct_dropped", seeds).mean()
+        if len(both := table.seeds(scenario, own, other)) < 2:
+            continue
+        ours, theirs = (table.of(scenario, s, "memorization_rate", both) for s in (own, other))
+        lost, difference = table.of(scenario, other, "distinct_dropped", both).mean(), theirs - ours
         lower = f"{1 - ours.mean() / theirs.mean():.0%} lower" if theirs.mean() else "both 0"
-        lines.append(f"- against {name} ({other[0]} {other[1]}, distinct dropped {lost:.3f}): memorization {ours.mean():.3f} and "
-                     f"{theirs.mean():.3f}, {lower}; paired difference {difference.mean():.3f} ± {half_width(difference):.3f}")  # fmt: skip
-    gap = ours - table.of(scenario, ORACLE, "memorization_rate", seeds)
-    lines.append(f"- above the oracle by {gap.mean():.3f} ± {half_width(gap):.3f}")
-    plain = table.of(scenario, NONE, "agreement_distinct", seeds)
-    ratio = table.of(scenario, EVIDENCE, "agreement_distinct", seeds) / plain
-    lines.append(f"- agreement on distinct prompts is {ratio.mean():.3f} ± {half_width(ratio):.3f} of that without a filter")
-    return [f"Evidence (with savings) over {len(seeds)} seeds:", "", *lines]
+        lines.append(f"- against {name} ({' '.join(other)}, distinct dropped {lost:.3f}, {len(both)} seeds): memorization "
+                     f"{ours.mean():.3f} and {theirs.mean():.3f}, {lower}; paired difference {mean(difference)}")  # fmt: skip
+    if len(both := table.seeds(scenario, own, ORACLE)) > 1:
+        gap = table.of(scenario, own, "memorization_rate", both) - table.of(scenario, ORACLE, "memorization_rate", both)
+        lines.append(f"- above the oracle by {mean(gap)}")
+    if len(both := table.seeds(scenario, own, NONE)) > 1:
+        ours, plain = (table.of(scenario, s, "memorization_rate", both) for s in (own, NONE))
+        lines.append(f"- memorization is {ours.mean():.3f}, without a filter {plain.mean():.3f}; paired difference {mean(plain - ours)}")
+        ratio = table.of(scenario, own, "agreement_distinct", both) / table.of(scenario, NONE, "agreement_distinct", both)
+        lines.append(f"- agreement on distinct prompts is {mean(ratio)} of that without a filter")
+    return lines
+
+
+def effects(table: Table, results: Path) -> list[str]:
+    """Which share of the effect of evidence without savings each of its settings keeps on (a), and what it costs there and on
+    data without duplicates."""
+    costs = results / "evidence_costs.csv"
+    if not costs.exists():
+        return []
+    with costs.open(newline="") as file:
+        ratio = {(r["scenario"], r["method"], r["setting"]): float(r["time_ratio"]) for r in csv.DictReader(file)}
+    lines = ["## What evidence costs, and what of its effect is left", "",
+             "Times of `python benchmarks/evidence_costs.py`, one run of each setting. The effect is the fall of the memorization rate "
+             "on (a), as a share of that of evidence without savings.", "",
+             "| setting | seeds | share of the effect | passes | time on (a) | time on (d) |", "|---" * 6 + "|"]  # fmt: skip
+    for setting in table.settings:
+        seeds = table.seeds("a", setting, UNSAVED, NONE) if setting[0] == "evidence" else []
+        if len(seeds) > 1:
+            plain, whole, own = (table.of("a", s, "memorization_rate", seeds) for s in (NONE, UNSAVED, setting))
+            share = (plain - own).mean() / (plain - whole).mean() if (plain - whole).mean() else float("nan")
+            times = [f"{ratio[s, *setting]:.3f}" if (s, *setting) in ratio else "" for s in "ad"]
+            passes = table.of("a", setting, "passes", seeds).mean()
+            lines.append(f"| {setting[1]} | {len(seeds)} | {share:.2f} | {passes:.3f} | {' | '.join(times)} |")
+    return [*lines, ""]
 
 
 def draw(table: Table, out: Path) -> None:
@@ -109,7 +135,7 @@ def draw(table: Table, out: Path) -> None:
     for axis, scenario in zip(axes[0], scenarios, strict=True):
         for method, setting in table.settings:
             x, y = (table.of(scenario, (method, setting), f) for f in ("distinct_dropped", "memorization_rate"))
-            if not len(x) or setting.startswith("gate") or setting == "loss only":
+            if not len(x) or method == "base" or setting.startswith("gate") or setting == "loss only":
                 continue
             axis.errorbar(x.mean(), y.mean(), xerr=half_width(x), yerr=half_width(y), fmt=MARKERS[method], color=COLOURS[method],
                           ms=8, capsize=2, lw=1, mfc="white" if setting == "without savings" else None)  # fmt: skip
@@ -121,35 +147,10 @@ def draw(table: Table, out: Path) -> None:
         axis.set_xlim(-0.002, 1)
         axis.grid(alpha=0.25)
     axes[0][0].set_ylabel("memorization rate of duplicate prompts")
-    methods = list(dict.fromkeys(m for m, _ in table.settings))
+    methods = [method for method in dict.fromkeys(m for m, _ in table.settings) if method != "base"]
     handles = [plt.Line2D([], [], ls="", marker=MARKERS[m], color=COLOURS[m], ms=8, label=m) for m in methods]
     figure.legend(handles=handles, loc="lower center", ncols=len(methods), frameon=False)
     figure.tight_layout(rect=(0, 0.07, 1, 1))
-    _save(figure, out)
-
-
-def draw_costs(table: Table, out: Path) -> None:
-    """What evidence costs and what is left memorized, by its gate: the cost curve, on (a), and the cost on (d)."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    settings = [s for s in table.settings if s[0] in ("evidence", "none")]
-    figure, axis = plt.subplots(figsize=(6.4, 4.4))
-    for scenario, colour in (("a", "#1971c2"), ("d", "#2f9e44")):
-        for method, setting in settings:
-            x, y = (table.of(scenario, (method, setting), f) for f in ("time_ratio", "memorization_rate"))
-            if len(x):
-                axis.errorbar(x.mean(), y.mean(), xerr=half_width(x), yerr=half_width(y), fmt="D" if method == "evidence" else "s",
-                              color=colour, capsize=2, lw=1)  # fmt: skip
-                axis.annotate(setting or "no filter", (x.mean(), y.mean()), (5, 5), textcoords="offset points", fontsize=8)
-        axis.plot([], [], "D", color=colour, label=NAMES[scenario])
-    axis.set_xlabel("training time, relative to no filter")
-    axis.set_ylabel("memorization rate")
-    axis.grid(alpha=0.25)
-    axis.legend(frameon=False, fontsize=8)
-    figure.tight_layout()
     _save(figure, out)
 
 
@@ -195,11 +196,13 @@ def write(results: Path, work: Path) -> str:
     parts = []
     for scenario, name in NAMES.items():
         if any(key[0] == scenario for key in table.rows):
-            parts += [f"## {name}", "", *overview(table, scenario), "", *claims(table, scenario), ""]
+            parts += [f"## {name}", "", *overview(table, scenario), ""]
+            for more in (claims(table, scenario, EVIDENCE), claims(table, scenario, UNSAVED)):
+                parts += [*more, ""] if more else []
+    parts += effects(table, results)
     text = "\n".join(["Means over seeds ± half of the 95% interval. `python benchmarks/evidence.py` makes the rows.", "", *parts])
     (results / "evidence.md").write_text(text)
     draw(table, results / "evidence.png")
-    draw_costs(table, results / "evidence_costs.png")
     for scenario, _, _, seed in sorted(table.rows):
         if draw_pictures(table, work, results / "evidence_pictures.png", scenario, seed):
             break

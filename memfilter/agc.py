@@ -13,8 +13,8 @@ class LossRule(KeyTable):
     """Keeps a sample whose loss, times ``ratio``, reaches the running mean of the loss at its timestep.
 
     There is no null pass and nothing is remembered of a sample. The means are updated once a step with the losses of all
-    samples, kept or not, one after the other in the order of the stream; the first at a timestep is its mean, and before
-    that everything is kept.
+    samples, kept or not, one after the other in the order of the stream. As in the official code they begin at 0, so that little
+    is dropped at a timestep before it has come some ten times.
 
     Args:
         ratio: mem_ratio of the official code.
@@ -32,7 +32,7 @@ class LossRule(KeyTable):
         if not 0 <= decay < 1:
             raise ValueError(f"filter.loss_decay must be at least 0 and below 1, found {decay}")
         self.ratio, self.decay = ratio, decay
-        self.means = torch.full((num_train_timesteps,), torch.nan)
+        self.means = torch.zeros(num_train_timesteps)
 
     def decide(self, slots: Tensor):
         decisions = super().decide(slots)
@@ -41,14 +41,13 @@ class LossRule(KeyTable):
     def keeps(self, timesteps: Tensor, loss: Tensor) -> Tensor:
         """[B] and [B] on any device -> bool [B], from the means before this step."""
         means = self.means.to(loss.device, non_blocking=True)[timesteps.long()]
-        return means.isnan() | (loss * self.ratio >= means)
+        return loss * self.ratio >= means
 
     def update(self, step: Step, gone_by: int) -> tuple[Tensor, Tensor]:
         losses = step.signals[:, SIGNALS.index("loss")]
         for timestep, loss in zip(step.timesteps.tolist(), losses, strict=True):
             if not loss.isnan():
-                mean = self.means[timestep]
-                self.means[timestep] = loss if mean.isnan() else self.decay * mean + (1 - self.decay) * loss
+                self.means[timestep] = self.decay * self.means[timestep] + (1 - self.decay) * loss
         return super().update(step, gone_by)
 
     def state_dict(self) -> dict[str, Tensor]:

@@ -178,7 +178,7 @@ class TrainConfig:
     """How it is fine-tuned. Time is counted in samples seen.
 
     Args:
-        samples: budget.
+        samples: budget; 0 leaves the model as it is, to be held against those that are trained.
         batch_size: samples per forward of one process.
         accumulation: forwards per optimizer step.
         optimizer: adamw, or bitsandbytes' with state in 8 bits; paged: whose state leaves a full GPU for the CPU.
@@ -314,7 +314,7 @@ class ConfigError(ValueError):
 
 
 # section.name: what must hold
-_POSITIVE = ("train.samples", "train.batch_size", "train.accumulation", "train.learning_rate", "train.adam_eps",
+_POSITIVE = ("train.batch_size", "train.accumulation", "train.learning_rate", "train.adam_eps",
              "train.max_grad_norm", "train.snr_gamma", "train.lr_cycles", "train.lr_power", "model.lora_rank",
              "model.lora_alpha", "data.shuffle_buffer", "data.resolution", "checkpoint.keep", "log.every",
              "log.validation_prompts", "log.validation_steps", "filter.half_life", "filter.below", "filter.window",
@@ -322,7 +322,7 @@ _POSITIVE = ("train.samples", "train.batch_size", "train.accumulation", "train.l
              "filter.false_positive_rate", "filter.false_flag_rate", "filter.loss_ratio")  # fmt: skip
 _NOT_NEGATIVE = ("mitigation.random_tokens", "mitigation.repeated_words", "mitigation.random_caption",
                  "mitigation.embedding_noise",
-                 "train.warmup_samples", "train.weight_decay", "train.ema_half_life", "train.noise_offset", "train.seed",
+                 "train.samples", "train.warmup_samples", "train.weight_decay", "train.ema_half_life", "train.noise_offset", "train.seed",
                  "data.cache_gb", "data.workers", "checkpoint.every", "log.validation_every",
                  "log.validation_guidance_scale", "log.gallery")  # fmt: skip
 _SHARES = ("filter.loss_decay", "train.adam_beta1", "train.adam_beta2", "data.caption_dropout", "data.max_bad_share",

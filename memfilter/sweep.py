@@ -44,6 +44,14 @@ class Point:
     command: list[str]
     config: Config
 
+    @property
+    def row(self) -> tuple[str, str, int]:
+        """Its name in the table: method, setting, seed. What is swept beside filter and mitigation is part of the setting."""
+        method, setting = describe(self.config)
+        others = [f"{name}={_short(value)}" for name, value in self.settings.items()
+                  if name not in ("config", "train.seed") and name.partition(".")[0] not in ("filter", "mitigation")]  # fmt: skip
+        return method, ", ".join(filter(None, [setting, *others])), self.config.train.seed
+
 
 @dataclass
 class Sweep:
@@ -68,7 +76,10 @@ class Sweep:
             SweepError: runs have failed; all others were made.
         """
         (self.out / "logs").mkdir(parents=True, exist_ok=True)
-        rows, failed = [], []
+        rows, failed = {}, []
+        for point in self.points:  # those of an earlier call stay in the table until they are read again
+            with suppress(ValueError):
+                rows[point.row] = self._row(point)
         with (
             _children() as children,
             tqdm(total=len(self.points), unit="run", desc=self.out.name, disable=not progress) as bar,
@@ -79,16 +90,17 @@ class Sweep:
                 for job in as_completed(jobs):
                     if log := job.result():
                         failed.append(f"run {jobs[job].config.run_dir} failed: see {log}")
+                        rows.pop(jobs[job].row, None)
                     else:
-                        rows.append(self._row(jobs[job]))
-                        write_results(_with_time_ratios(rows), self.out)
+                        rows[jobs[job].row] = self._row(jobs[job])
+                        write_results(_with_time_ratios([*rows.values()]), self.out)
                     bar.update()
             except BaseException:
                 pool.shutdown(wait=False, cancel_futures=True)
                 raise
         if failed:
             raise SweepError("\n".join(failed))
-        return _with_time_ratios(rows)
+        return _with_time_ratios([*rows.values()])
 
     def _make(self, point: Point, children: _Children) -> Path | None:
         """The run and its evaluation; the log where one of them failed."""
@@ -99,8 +111,7 @@ class Sweep:
         return log if any(children.call(step, log) for step in (*steps, evaluate)) else None
 
     def _row(self, point: Point) -> dict:
-        method, setting = describe(point.config)
-        names = {"method": method, "setting": setting, "seed": point.config.train.seed}
+        names = dict(zip(("method", "setting", "seed"), point.row, strict=True))
         plain = replace(point.config, filter=FilterConfig(tau=None), mitigation=MitigationConfig())
         about = {"run": point.config.run_dir, "_base": digest(plain)}
         swept = {name: value for name, value in point.settings.items() if name not in ("config", "train.seed")}
@@ -159,17 +170,24 @@ def read_sweep(path: Path) -> list[Point]:
             continue
         points.append(Point(settings, command, config))
     places: dict[str, Point] = {}
+    rows: dict[tuple, Point] = {}
     for point in points:
         if point.config.run_dir in places:
             errors.append(f"{path}: several points go to {point.config.run_dir}: put {{digest}} into run_dir")
-        places[point.config.run_dir] = point
+        elif point.row in rows:
+            errors.append(f"{path}: several points are called {' '.join(map(str, point.row))}: sweep what tells them apart by a "
+                          "parameter of its own, not within config")  # fmt: skip
+        places[point.config.run_dir] = rows[point.row] = point
     if errors:
         raise ConfigError("\n".join(dict.fromkeys(errors)))
     return points
 
 
 def describe(config: Config) -> tuple[str, str]:
-    """What is done against memorization, by the names of the table: (method, setting); several are joined by +."""
+    """What is done against memorization, by the names of the table: (method, setting); several are joined by +. A model that
+    is not trained at all is called base."""
+    if not config.train.samples:
+        return "base", ""
     rule, others, methods, settings = config.filter, config.mitigation, [], []
     chief = {"tau": "tau", "timestep": "false_positive_rate", "evidence": "false_flag_rate", "agc": "loss_ratio",
              "sightings": "sightings"}  # fmt: skip

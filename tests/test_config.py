@@ -48,7 +48,7 @@ RANGES = {
     "mitigation.repeated_words": NATURAL,
     "mitigation.random_caption": ((-0.1, 1.1, math.nan), (0.0, 0.4, 1.0)),
     "mitigation.embedding_noise": AMOUNT,
-    "train.samples": COUNT,
+    "train.samples": ((-1,), (0, 8)),
     "train.batch_size": COUNT,
     "train.accumulation": COUNT,
     "train.learning_rate": FACTOR,

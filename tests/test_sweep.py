@@ -20,8 +20,10 @@ from safetensors.torch import load_file
 from wandb.sdk.launch.sweeps.utils import create_sweep_command, create_sweep_command_args
 
 from memfilter.arguments import parse
+from memfilter.calibration import Calibration
 from memfilter.cli import main
-from memfilter.config import ConfigError, digest
+from memfilter.config import ConfigError, digest, make_filter
+from memfilter.pipelines import model_dir
 from memfilter.sweep import describe, read_sweep
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -62,7 +64,25 @@ def test_the_study_finds_what_the_benchmark_has_made():
     shared = {name for name, config in wanted.items() if config.run_dir in made}
     names = [("none", ""), ("oracle", ""), ("evidence", "0.02"), ("sightings", "30"), ("timestep", "0.02")]
     names += [("tau", f"{tau}") for tau in (3, 4, 5, 6, 7)]
+    names += [("base", ""), ("sightings", "10"), ("sightings", "100")]
     assert shared == {(*name, seed) for name in names for seed in seeds}
+
+
+def test_rules_of_the_study_can_be_made_with_the_calibration_that_comes_with_the_model():
+    calibration = Calibration.load(model_dir("scenes") / "calibration.json")
+    for point in read_sweep(ROOT / "configs" / "sweeps" / "study.yaml"):
+        make_filter(point.config, calibration)
+
+
+def test_what_is_swept_beside_the_method_is_part_of_the_setting(tmp_path):
+    parameters = {"filter.tau": {"values": [3.0, None]}, "train.learning_rate": {"values": [1e-3, 1e-4]}}
+    points = read_sweep(written(tmp_path / "sweep.yaml", parameters=parameters))
+    assert [point.row for point in points] == [
+        ("tau", "3, train.learning_rate=0.001", 0), ("tau", "3, train.learning_rate=0.0001", 0),
+        ("none", "train.learning_rate=0.001", 0), ("none", "train.learning_rate=0.0001", 0)]  # fmt: skip
+    parameters = {"config": {"values": ["{train: {learning_rate: 1.0e-3}}", "{train: {learning_rate: 1.0e-4}}"]}}
+    with pytest.raises(ConfigError, match="several points are called none  0: sweep what tells them apart"):
+        read_sweep(written(tmp_path / "sweep.yaml", parameters=parameters | {"filter.tau": {"value": None}}))
 
 
 def test_name_of_a_run_depends_on_what_the_weights_depend_on():
@@ -123,6 +143,7 @@ def test_sweeps_that_come_with_the_project_can_be_run(path, monkeypatch):
     ("settings", "expected"),
     [
         (["--filter.tau=null"], ("none", "")),
+        (["--filter.tau=null", "--train.samples=0"], ("base", "")),
         (["--filter.tau=3"], ("tau", "3")),
         (["--filter.tau=3", "--filter.unit=rms"], ("tau", "3, unit=rms")),
         (["--filter.method=evidence", "--filter.gate=-inf"], ("evidence", "0.02, gate=-inf")),

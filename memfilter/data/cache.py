@@ -70,8 +70,8 @@ def fingerprint(config: Config, pipeline, shards, experiment: Experiment, resolu
         "data.resolution": resolution,
         "data.random_crop": config.data.random_crop,
         "data.random_flip": config.data.random_flip,
-        "samples": experiment.fingerprint(),
-        "pictures": _digest_of_pictures(shards, experiment.keys),
+        "samples": experiment.whole.fingerprint(),
+        "pictures": _digest_of_pictures(shards, experiment.whole.keys),
     }
 
 

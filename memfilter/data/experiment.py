@@ -33,6 +33,7 @@ class Experiment:
     contents: str = ""  # a manifest's fingerprint of pictures and captions
     groups: Sequence[str] | None = None  # of samples whose contents are near duplicates; None where nothing is known
     distinct_left_out: float | None = None  # share of the distinct samples that de-duplication took for copies of others
+    before: Experiment | None = None  # de-duplication
 
     @classmethod
     def read(cls, path: str | os.PathLike) -> Experiment:
@@ -78,11 +79,16 @@ class Experiment:
         _, rows = np.unique(np.asarray(self.groups, dtype=object), return_index=True)
         rows.sort()
         names = {"keys": self.keys, "groups": self.groups}
-        chosen = {name: [values[row] for row in rows] for name, values in names.items()}
+        chosen: dict = {name: [values[row] for row in rows] for name, values in names.items()} | {"before": self}
         if self.duplicate is not None:
             chosen["duplicate"] = self.duplicate[rows]
             chosen["distinct_left_out"] = 1 - float((~chosen["duplicate"]).sum() / max(1, (~self.duplicate).sum()))
         return replace(self, **chosen, repeats=np.ones(len(rows), int))
+
+    @property
+    def whole(self) -> Experiment:
+        """As it was before de-duplication: what a cache is made of, which then serves with it and without."""
+        return self.before or self
 
     def virtual(self) -> np.ndarray:
         """Row of every virtual sample, int [sum of repeats]."""

@@ -67,6 +67,7 @@ def make_cache(
         raise ConfigError(f"samples_per_shard must be above 0, found {samples_per_shard}")
     accelerator = make_accelerator(config)
     shards, experiment = open_data(config)
+    experiment = experiment.whole
     pipeline = load_pipeline(config.model.path, variant=config.model.variant, revision=config.model.revision)
     resolution = resolution_of(config, pipeline)
     made_from = fingerprint(config, pipeline, shards, experiment, resolution)

@@ -21,7 +21,8 @@ COLUMNS = (
 def read_figures(run: Path) -> dict[str, float | None]:
     """Figures of a finished and evaluated run; None where a run has none, such as the agreement of pictures without scorer.
 
-    ``memorization_rate``, ``copy_similarity`` and ``seed_agreement`` are of duplicate prompts; ``distinct_dropped`` is the
+    ``memorization_rate``, ``copy_similarity`` and ``seed_agreement`` are of duplicate prompts; ``agreement_duplicates`` and
+    ``agreement_distinct`` of picture and caption, by the scenes' scorer or, for other pictures, CLIP; ``distinct_dropped`` is the
     share of distinct samples' appearances that were not trained on, those of samples that de-duplication left out before
     among them; ``passes`` null passes for each sample of the stream, ``cpu_seconds`` of the training process.
 
@@ -33,12 +34,13 @@ def read_figures(run: Path) -> dict[str, float | None]:
     except (OSError, ValueError) as error:
         raise ValueError(f"{run} is no run that was evaluated: {' '.join(str(error).split())}") from error
     duplicates, distinct = evaluation.get("duplicates", {}), evaluation.get("distinct", {})
-    left = 1 - summary.get("data/distinct_left_out", 0.0)
+    left = 1 - summary.get("data/distinct_left_out", 0.0) if summary.get("samples") != 0 else 0.0
+    agreed = "agreement" if "agreement" in distinct or "agreement" in duplicates else "clip_score"
     return {
         "memorization_rate": duplicates.get("memorization_rate"),
         "copy_similarity": duplicates.get("copy_similarity"),
-        "agreement_duplicates": duplicates.get("agreement"),
-        "agreement_distinct": distinct.get("agreement"),
+        "agreement_duplicates": duplicates.get(agreed),
+        "agreement_distinct": distinct.get(agreed),
         "seed_agreement": duplicates.get("seed_agreement"),
         "distinct_dropped": 1 - left * (1 - summary.get("filter/drop_rate_distinct", 0.0)),
         "passes": summary.get("filter/pass_share", 0.0),

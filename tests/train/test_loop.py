@@ -73,6 +73,13 @@ def test_tau_inf_ends_in_the_weights_of_a_run_without_the_extra_pass(tmp_path, s
     assert audit(tmp_path, "plain") == []
 
 
+def test_budget_of_nothing_exports_the_model_as_it_was(tmp_path, scenes_dir):
+    summary, found = run(tmp_path, scenes_dir, samples=0, ema_half_life=50)
+    base = load_file(model_dir("scenes") / "unet" / "diffusion_pytorch_model.safetensors")
+    assert all(torch.equal(found[name], base[name].to(found[name].dtype)) for name in base) and base.keys() == found.keys()
+    assert summary["samples"] == 0 and not audit(tmp_path, "run")
+
+
 def test_run_that_keeps_nothing_leaves_the_base_untouched_and_then_gives_up(tmp_path, scenes_dir):
     nothing = {"tau": 1e-6, "caption_dropout": 0.0}
     summary, weights = run(tmp_path, scenes_dir, samples=12, ema_half_life=4, **nothing)

@@ -10,6 +10,7 @@ import tiny
 import torch
 
 from memfilter.arguments import parse
+from memfilter.cli import main as command
 from memfilter.config import ConfigError
 from memfilter.data.sampler import collate
 from memfilter.train.loop import Trainer
@@ -77,6 +78,20 @@ def test_one_of_each_group_is_shown_once(trainer, scenes_dir, tmp_path):
     np.testing.assert_array_equal(made.dataset.experiment.duplicate, duplicate[::3])
     left_out = 1 - (~duplicate[::3]).sum() / (~duplicate).sum()
     assert made.left_out == {"data/distinct_left_out": pytest.approx(left_out)} and 0.6 < left_out < 0.7
+
+
+def test_cache_serves_with_de_duplication_and_without(trainer, scenes_dir, tmp_path):
+    data, cache = tmp_path / "data", tmp_path / "cache"
+    shutil.copytree(scenes_dir, data)
+    table = pq.read_table(data / "index.parquet")
+    pq.write_table(table.append_column("group", pa.array([f"g{i // 3}" for i in range(len(table))])), data / "index.parquet")
+    assert command(["cache", "--model.path=scenes", f"--data.path={data}", f"--data.cache={cache}"]) == 0
+    settings = ("--model.path=scenes", f"--data.path={data}", f"--data.cache={cache}")
+    for more in ([], ["--mitigation.deduplicate=true"]):
+        made = trainer(*settings, *more)
+        assert made.dataset[0]["key"] in made.dataset.experiment.keys
+    assert command(["cache", *settings, "--mitigation.deduplicate=true"]) == 0  # which finds it whole
+    assert len(made.dataset.experiment.keys) * 3 >= len(table) == len(made.dataset.experiment.whole.keys)
 
 
 def test_without_groups_nothing_can_be_deduplicated(trainer):

@@ -18,7 +18,8 @@ from memfilter.eval.report import FIGURES as OF_A_RUN
 from memfilter.eval.report import ReportError
 from memfilter.eval.results import RESULTS
 
-NONE, ORACLE = "none", "oracle"  # what every other method lies between
+BASE, NONE, ORACLE = "base", "none", "oracle"  # not trained at all, without any method, without the known duplicates
+DROPPED = 0.2  # a setting that stands for its method drops at most this share of distinct samples, if there is such a one
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,7 @@ FIGURES = {
     "distinct_dropped": Figure(
         "Distinct dropped", "Share of the appearances of distinct pictures that were not trained on.", share=True
     ),
-    "time_ratio": Figure("Time ratio", "Training time to that of the same seed without any method."),
+    "time_ratio": Figure("Time ratio", "CPU time of training to that of the same seed without any method."),
 }
 
 
@@ -114,9 +115,9 @@ def summarize(results: pd.DataFrame) -> pd.DataFrame:
 
 
 def settings_of(results: pd.DataFrame) -> dict[str, list[str]]:
-    """Method -> its settings by the numbers in their names; ``none`` comes first, ``oracle`` last."""
+    """Method -> its settings by the numbers in their names; ``base`` and ``none`` come first, ``oracle`` last."""
     found = results.groupby("method", sort=False)["setting"].unique()
-    methods = sorted(found.index, key=lambda method: {NONE: 0, ORACLE: 2}.get(method, 1))
+    methods = sorted(found.index, key=lambda method: {BASE: -1, NONE: 0, ORACLE: 2}.get(method, 1))
     return {method: sorted(found[method], key=_natural) for method in methods}
 
 
@@ -126,15 +127,16 @@ def _natural(setting: str) -> list[tuple]:
 
 
 def representatives(results: pd.DataFrame, tolerance: float = 0.02) -> dict[str, str]:
-    """Method -> the setting that stands for it: of those whose agreement on distinct prompts is at least
-    1 - ``tolerance`` of that without any method, the one that memorizes least; where none is, the one that agrees most."""
+    """Method -> the setting that stands for it: of those whose agreement on distinct prompts is at least 1 - ``tolerance`` of
+    that without any method, and which drop at most `DROPPED` of the distinct samples, the one that memorizes least; where there
+    is none, the one that drops least."""
     means = results.groupby(["method", "setting"])[list(FIGURES)].mean()
     plain = means["agreement_distinct"].get((NONE, settings_of(results).get(NONE, [""])[0]), 0.0)
     chosen = {}
     for method, settings in settings_of(results).items():
         own = means.loc[method].loc[settings]
-        good = own[own["agreement_distinct"] >= (1 - tolerance) * plain]
-        column = -good["memorization_rate"] if len(good) else own["agreement_distinct"]
+        good = own[(own["agreement_distinct"] >= (1 - tolerance) * plain) & ~(own["distinct_dropped"] > DROPPED)]
+        column = -good["memorization_rate"] if len(good) else -own["distinct_dropped"]
         chosen[method] = column.index[0] if column.isna().all() else column.idxmax()
     return chosen
 
@@ -161,7 +163,8 @@ def read_evaluation(run: Path) -> dict:
 
 
 def common_evaluation(runs: pd.DataFrame) -> dict | None:
-    """How all runs were evaluated: measure, memorized_above, steps, guidance_scale; None where no run says.
+    """How all runs were evaluated: measure, memorized_above, steps, guidance_scale, clip and how many prompts and pictures; None
+    where no run says.
 
     Raises:
         ReportError: they were not evaluated alike, so that their figures mean different things.
@@ -170,8 +173,10 @@ def common_evaluation(runs: pd.DataFrame) -> dict | None:
     for run in runs["run"]:
         if not Path(run, "evaluation.json").is_file():
             continue
-        found = read_evaluation(Path(run))
-        found = {name: found[name] for name in ("measure", "memorized_above", "steps", "guidance_scale")}
+        read = read_evaluation(Path(run))
+        found = {name: read[name] for name in ("measure", "memorized_above", "steps", "guidance_scale")} | {
+            "clip": read.get("clip"), "prompts": len(read["prompts"]),
+            "pictures": sum(len(prompt["similarity"]) for prompt in read["prompts"])}  # fmt: skip
         if common is None:
             first, common = run, found
         for name, value in found.items():

@@ -1,0 +1,80 @@
+"""What filters cost in time: whole runs of the same data that take turns of a second each on one core.
+
+    python benchmarks/evidence_costs.py
+
+Runs on (a) and (d) of benchmarks/evidence.py, of a seed that is not reported there. All settings of a scenario train at once, but
+only one at a time is let run, so that whatever else the machine does befalls all of them alike; compared are the CPU seconds of
+their training. docs/results/evidence_costs.csv has a row for each; benchmarks/evidence_tables.py draws them against what they
+spare. About 70 minutes.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from common import ROOT, parser, write_csv
+from evidence import METHODS, prepare, settings_of
+
+from memfilter.arguments import parse
+
+SEED, TURN = 320, 1.0
+SCENARIOS = ("a", "d")
+COMPARED = [m for m in METHODS if m in (("none", ""), ("tau", "5")) or (m[0] == "evidence" and m[1] != "without savings")]
+COLUMNS = ["scenario", "method", "setting", "seed", "cpu_seconds", "time_ratio", "passes"]
+
+
+def measure(work: Path, scenario: str, seed: int) -> list[dict]:
+    """Rows of a scenario."""
+    prepare(work, scenario, seed)
+    runs, started = {}, []
+    for number, method in enumerate(COMPARED):
+        out = work / "costs" / f"{scenario}-{seed}-{number}"
+        shutil.rmtree(ROOT / out, ignore_errors=True)
+        settings = [word for word in settings_of(work, scenario, seed, method) if not word.startswith("--run_dir=")]
+        runs[method] = ROOT / parse([*settings, f"--run_dir={out}"]).run_dir
+        environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
+        log = runs[method].with_suffix(".log")
+        log.parent.mkdir(parents=True, exist_ok=True)
+        command = [sys.executable, "train_filtered.py", *settings, f"--run_dir={out}"]
+        process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log.open("w"), stderr=subprocess.STDOUT)
+        process.send_signal(signal.SIGSTOP)
+        started.append(process)
+    try:
+        while waiting := [process for process in started if process.poll() is None]:
+            for process in waiting:
+                process.send_signal(signal.SIGCONT)
+                time.sleep(TURN)
+                process.send_signal(signal.SIGSTOP)
+    finally:
+        for process in started:
+            process.kill()
+    rows = []
+    for method, out in runs.items():
+        if not (out / "summary.json").exists():
+            raise SystemExit(f"{out} failed, see {out.with_suffix('.log')}")
+        summary = json.loads((out / "summary.json").read_text())
+        rows.append({"scenario": scenario, "method": method[0], "setting": method[1], "seed": seed,
+                     "cpu_seconds": summary["cpu_seconds"], "passes": summary.get("filter/pass_share", 0.0)})  # fmt: skip
+        rows[-1]["time_ratio"] = rows[-1]["cpu_seconds"] / rows[0]["cpu_seconds"]  # none comes first
+        print(scenario, *method, f"{rows[-1]['time_ratio']:.3f}", flush=True)
+    return rows
+
+
+def main() -> None:
+    args = parser(__doc__, "runs/clipart", (SEED,)).parse_args()
+    rows: list[dict] = []
+    for seed in args.seeds:
+        for scenario in SCENARIOS:
+            rows += measure(args.work_dir, scenario, seed)
+            write_csv(args.out / "evidence_costs.csv", COLUMNS, rows)
+
+
+if __name__ == "__main__":
+    main()
