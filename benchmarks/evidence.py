@@ -25,21 +25,16 @@ import ast
 import csv
 import hashlib
 import json
-import os
 import shutil
-import subprocess
-import sys
 import threading
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pyarrow.parquet as pq
+from common import ROOT, call, parser, share, write_csv
 
 from memfilter.arguments import parse
 from memfilter.eval.results import read_figures
 
-ROOT = Path(__file__).resolve().parent.parent
-RESULTS = ROOT / "docs" / "results"
 REPORTED_SEEDS = (311, 312, 313, 314, 315)  # no setting was chosen by looking at them
 SCENARIOS = {  # arguments of `memfilter prepare scenes`, samples seen
     "a": (("--repeats=200", "--distinct=2000"), 6000),
@@ -105,12 +100,12 @@ def place(work: Path, scenario: str, seed: int) -> Path:
 def prepare(work: Path, scenario: str, seed: int) -> None:
     """Scenes of a scenario and seed, with groups of near duplicates, and their encodings."""
     scenes, arguments = place(work, scenario, seed) / "scenes", SCENARIOS[scenario][0]
+    log, cache = ROOT / scenes.with_suffix(".log"), scenes.with_name("cache")
     if not (ROOT / scenes).exists():
-        _call(scenes, "-m", "memfilter.cli", "prepare", "scenes", str(scenes), f"--seed={seed}", "--duplicates=20", *arguments)
+        call(log, "-m", "memfilter.cli", "prepare", "scenes", scenes, f"--seed={seed}", "--duplicates=20", *arguments)
     if "group" not in pq.read_schema(ROOT / scenes / "index.parquet").names:
-        _call(scenes, "-m", "memfilter.cli", "prepare", "groups", str(scenes), "--processes=1")
-    cache = scenes.with_name("cache")
-    _call(scenes, "-m", "memfilter.cli", "cache", f"--data.path={scenes}", f"--data.cache={cache}")
+        call(log, "-m", "memfilter.cli", "prepare", "groups", scenes, "--processes=1")
+    call(log, "-m", "memfilter.cli", "cache", f"--data.path={scenes}", f"--data.cache={cache}")
 
 
 def settings_of(work: Path, scenario: str, seed: int, method: tuple[str, str]) -> list[str]:
@@ -131,14 +126,15 @@ def run(work: Path, scenario: str, seed: int, method: tuple[str, str]) -> dict:
     if not (out / "evaluation.json").exists():
         if not (out / "summary.json").exists():
             shutil.rmtree(out, ignore_errors=True)
-        _call(out, __file__, "--job", json.dumps({"settings": settings, "near_copies": 10 if scenario == "c" else 1}))
+        asked = json.dumps({"settings": settings, "near_copies": 10 if scenario == "c" else 1})
+        call(out.with_suffix(".log"), __file__, "--job", asked)
     (out / RECIPE).write_text(made_by)
     figures = read_figures(out)
     evaluation, summary = (json.loads((out / f"{file}.json").read_text()) for file in ("evaluation", "summary"))
     row = {"scenario": scenario, "method": method[0], "setting": method[1], "seed": seed}
     row |= {name: figures[name] for name in COLUMNS if name in figures}
     row["memorization_rate_distinct"] = evaluation["distinct"]["memorization_rate"]
-    row["duplicates_dropped"] = summary.get("filter/drop_rate_duplicates", 0.0)
+    row["duplicates_dropped"] = summary.get("filter/drop_rate_duplicates", 0.0 if summary["samples"] else 1.0)
     row = {name: round(value, 4) if isinstance(value, float) else value for name, value in row.items()}
     print(f"done: {scenario} {seed} {' '.join(method)}: memorized {row['memorization_rate']}, "
           f"distinct dropped {row['distinct_dropped']}, agreement {row['agreement_distinct']}", flush=True)  # fmt: skip
@@ -178,40 +174,19 @@ def write_rows(path: Path, rows: list[dict]) -> None:
         base = plain.get((row["scenario"], row["seed"]))
         row["time_ratio"] = round(row["seconds"] / base, 3) if base else ""
         row["seed"] = int(row["seed"])
-    partial = path.with_name(f".{path.name}.partial")
-    with partial.open("w", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS)
-        writer.writeheader()
-        writer.writerows(rows)
-    partial.replace(path)
-
-
-def _call(out: Path, *arguments: str) -> None:
-    out = ROOT / out
-    out.parent.mkdir(parents=True, exist_ok=True)
-    log = out.with_suffix(".log")
-    with log.open("a") as file:
-        environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
-        code = subprocess.run([sys.executable, *arguments], cwd=ROOT, stdout=file, stderr=file, env=environment)
-    if code.returncode:
-        raise SystemExit(f"{out} failed, see {log}")
+    write_csv(path, COLUMNS, rows)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--work_dir", type=Path, default=Path("runs/clipart"), help="in the repository")
-    parser.add_argument("--out", type=Path, default=RESULTS, help="directory of the tables")
-    parser.add_argument("--seeds", type=int, nargs="+", default=REPORTED_SEEDS)
-    parser.add_argument("--scenarios", nargs="+", default=list(SCENARIOS), choices=list(SCENARIOS))
-    parser.add_argument("--methods", nargs="+", default=None, help="only these, such as none 'tau 4'")
-    parser.add_argument("--processes", type=int, default=os.cpu_count())
-    parser.add_argument("--job", help=argparse.SUPPRESS)
-    args = parser.parse_args()
+    options = parser(__doc__, "runs/clipart", REPORTED_SEEDS)
+    options.add_argument("--scenarios", nargs="+", default=list(SCENARIOS), choices=list(SCENARIOS))
+    options.add_argument("--methods", nargs="+", default=None, help="only these, such as none 'tau 4'")
+    options.add_argument("--job", help=argparse.SUPPRESS)
+    args = options.parse_args()
     if args.job:
         job(**json.loads(args.job))
         return
     work, table_path = args.work_dir, args.out / "evidence.csv"
-    args.out.mkdir(parents=True, exist_ok=True)
     rows, lock = read_rows(table_path), threading.Lock()
     known = {(row["scenario"], row["method"], row["setting"], int(row["seed"])) for row in rows}
     methods = [m for m in METHODS if args.methods is None or {m[0], " ".join(m)} & {*args.methods}]
@@ -230,8 +205,7 @@ def main() -> None:
             rows.append(row)
             write_rows(table_path, rows)
 
-    with ThreadPoolExecutor(args.processes) as pool:
-        list(pool.map(lambda one: finish(*one), jobs))
+    share(args.processes, lambda one: finish(*one), jobs)
 
 
 if __name__ == "__main__":

@@ -52,7 +52,8 @@ def test_points_are_the_grid_and_words_are_those_of_wandb(tmp_path):
     assert all(p.config.run_dir == f"runs/{digest(p.config)}" for p in points)
 
 
-def test_the_study_finds_what_the_benchmark_has_made():
+def test_the_study_finds_what_the_benchmark_has_made(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
     spec = importlib.util.spec_from_file_location("evidence", ROOT / "benchmarks" / "evidence.py")
     spec.loader.exec_module(benchmark := importlib.util.module_from_spec(spec))
     wanted = {(*describe(point.config), point.config.train.seed): point.config for point in read_sweep(

@@ -125,7 +125,7 @@ def test_not_a_number_in_a_latent_ends_the_run_naming_the_sample(tmp_path, scene
 
 def test_all_settings_out_of_range_are_named_at_once(scenes_dir):
     config = copy.deepcopy(Config())
-    config.train.samples, config.data.caption_dropout, config.filter.tau = 0, 1.5, -1.0
+    config.train.samples, config.data.caption_dropout, config.filter.tau = -1, 1.5, -1.0
     with pytest.raises(ConfigError) as error:
         loop.train(config)
     assert all(name in str(error.value) for name in ("train.samples", "data.caption_dropout", "filter.tau"))
