@@ -129,12 +129,16 @@ def _asked(model, prompts: str | None, taken: set[str] = frozenset(), others: in
     names = dict.fromkeys(name for row in rows for name in row)
     if both := taken & {*names}:
         raise ValueError(f"prompts: {prompts} has a column {min(both)}, which is a name of what is measured: call it otherwise")
-    for name in names:
-        kinds = {type(row.get(name)) for row in rows} - {type(None)}
-        if len(kinds) > 1 or not kinds <= {str, int, float, bool}:
-            for row in rows:
-                row[name] = None if row.get(name) is None else str(row[name])
-    return [{name: row.get(name) for name in names} for row in rows]
+    return [dict(zip(names, values, strict=True)) for values in zip(*(_of_one_kind(rows, name) for name in names), strict=True)]
+
+
+def _of_one_kind(rows: list[dict], name: str) -> list:
+    """Values that Parquet and JSON take: as they are, or as text; None where there is none, or no number."""
+    values = [None if (value := row.get(name)) != value else value for row in rows]
+    kinds = {type(value) for value in values} - {type(None)}
+    as_text = len(kinds) > 1 or not kinds <= {str, int, float, bool} or any(
+        isinstance(value, int | float) and abs(value) >= 2**63 for value in values)  # fmt: skip
+    return [None if value is None else str(value) for value in values] if as_text else values
 
 
 def _columns(signals, first: int, quick: bool) -> dict:

@@ -275,11 +275,13 @@ def test_embedded_model_comes_with_norms_that_are_its_own():
 
 
 def test_columns_are_carried_along_and_those_of_their_own_refused(directory, clean_file, files, capsys):
-    lines = [{"prompt": "a"}, {"prompt": "b", "note": 1}, {"prompt": "c", "note": "x", "more": {"y": [1]}}]
+    lines = [{"prompt": "a", "big": 2**70}, {"prompt": "b", "note": 1, "share": float("nan")},
+             {"prompt": "c", "note": "x", "share": 0.5, "more": {"y": [1]}}]  # fmt: skip
     (files / "prompts.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     assert main(detect(directory, clean_file, files / "out.parquet")) == 0
     rows = pq.read_table(files / "out.parquet").to_pylist()
     assert [(row["note"], row["more"]) for row in rows] == [(None, None), ("1", None), ("x", "{'y': [1]}")]
+    assert [row["share"] for row in rows] == [None, None, 0.5] and rows[0]["big"] == str(2**70)
     (files / "prompts.jsonl").write_text('{"prompt": "a", "p_value": 1}\n')
     assert main(detect(directory, clean_file, files / "other.jsonl")) == 1
     assert "has a column p_value, which is a name of what is measured" in capsys.readouterr().err
