@@ -161,6 +161,7 @@ def test_norm_tells_nothing_at_zero_terminal_snr_and_is_compared_one_step_later(
     with watch(zero_snr) as seen:
         generated(zero_snr)
     assert seen.norms[:, 0].isnan().all() and not seen.norms[:, 1:].isnan().any()
+    assert not seen.metric().isnan().any()
     told = []
     with watch(zero_snr, threshold=0.0, after=1, images_per_prompt=2, on_memorized=told.append):
         generated(zero_snr)
@@ -176,4 +177,3 @@ def test_comparison_that_cannot_be_made_is_refused_before_the_generation(sd1, se
     with pytest.raises(ValueError, match=message), watch(sd1, threshold=0.0, **settings) as seen:
         generated(sd1)
     assert settings.get("after") == 0 or not seen.generations
-    assert not seen.metric().isnan().any()
