@@ -78,7 +78,7 @@ def run(
                     process.kill() if late else process.terminate()
         output = log.read()
     assert not late, f"still running after {seconds} s:\n{output}"
-    failed = next((process.exitcode for process in forked if process.exitcode), 0)
+    failed = max((process.exitcode for process in forked if process.exitcode), default=0)  # not that of who was ended for it
     assert code is None or failed == code, output
     return output
 
