@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from contextlib import suppress
+from functools import lru_cache
 from pathlib import Path
 
 import psutil
@@ -29,6 +30,12 @@ from memfilter.sweep import describe, read_sweep
 ROOT = Path(__file__).resolve().parents[1]
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
 LAUNCH = ["accelerate", "launch", "--num_processes=1", "--num_machines=1", "--mixed_precision=no", "--dynamo_backend=no"]
+
+
+@lru_cache
+def shipped(name: str):
+    """Points of a sweep that comes with the project."""
+    return read_sweep(ROOT / "configs" / "sweeps" / f"{name}.yaml")
 
 
 def written(path: Path, **changes) -> Path:
@@ -56,8 +63,7 @@ def test_the_study_finds_what_the_benchmark_has_made(monkeypatch):
     monkeypatch.syspath_prepend(ROOT / "benchmarks")
     spec = importlib.util.spec_from_file_location("evidence", ROOT / "benchmarks" / "evidence.py")
     spec.loader.exec_module(benchmark := importlib.util.module_from_spec(spec))
-    wanted = {(*describe(point.config), point.config.train.seed): point.config for point in read_sweep(
-        ROOT / "configs" / "sweeps" / "study.yaml")}  # fmt: skip
+    wanted = {(*describe(point.config), point.config.train.seed): point.config for point in shipped("study")}
     seeds = {seed for _, _, seed in wanted}
     assert seeds <= {*benchmark.REPORTED_SEEDS}
     made = {parse(benchmark.settings_of(Path("runs/clipart"), "a", seed, method)).run_dir
@@ -71,7 +77,7 @@ def test_the_study_finds_what_the_benchmark_has_made(monkeypatch):
 
 def test_rules_of_the_study_can_be_made_with_the_calibration_that_comes_with_the_model():
     calibration = Calibration.load(model_dir("scenes") / "calibration.json")
-    for point in read_sweep(ROOT / "configs" / "sweeps" / "study.yaml"):
+    for point in shipped("study"):
         make_filter(point.config, calibration)
 
 
@@ -134,7 +140,7 @@ def test_file_that_is_no_sweep_is_refused_in_one_line(tmp_path, capsys, content)
 @pytest.mark.parametrize("path", sorted((ROOT / "configs" / "sweeps").glob("*.yaml")), ids=lambda path: path.stem)
 def test_sweeps_that_come_with_the_project_can_be_run(path, monkeypatch):
     monkeypatch.chdir(ROOT)
-    points = read_sweep(path)
+    points = shipped(path.stem)
     assert all(point.command[:2] == ["accelerate", "launch"] for point in points)
     first = path.read_text().splitlines()[0].removeprefix("# ").split()
     assert first[:3] == ["memfilter", "sweep", f"configs/sweeps/{path.name}"]
