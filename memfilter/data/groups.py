@@ -18,7 +18,8 @@ from memfilter.files import atomic
 def prepare_groups(data: Path, index: Path | None = None, max_bits: int = 6, processes: int | None = None) -> int:
     """Adds the column ``group`` to an index: a name that near duplicates have in common, by perceptual hash.
 
-    Near to near is near: a chain of pictures, each near the next, is one group. Where there is no index one is made, which knows no roles.
+    Near to near is near: a chain of pictures, each near the next, is one group. Where there is no index one is made, which
+    knows no roles.
 
     Args:
         data: directory of shards or pictures, as `memfilter prepare experiment` takes it.
