@@ -80,7 +80,7 @@ def claims(table: Table, scenario: str, own: tuple[str, str]) -> list[str]:
     lines = [f"Evidence {own[1]}, {len(seeds)} seeds:", ""]
     for name, other in against.items():
         if other is None:
-            lines.append(f"- against {name}: there is none")
+            lines.append(f"- against {name}: there is none over the same seeds")
             continue
         if len(both := table.seeds(scenario, own, other)) < 2:
             continue
