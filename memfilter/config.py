@@ -322,7 +322,8 @@ _POSITIVE = ("train.batch_size", "train.accumulation", "train.learning_rate", "t
              "filter.false_positive_rate", "filter.false_flag_rate", "filter.loss_ratio")  # fmt: skip
 _NOT_NEGATIVE = ("mitigation.random_tokens", "mitigation.repeated_words", "mitigation.random_caption",
                  "mitigation.embedding_noise",
-                 "train.samples", "train.warmup_samples", "train.weight_decay", "train.ema_half_life", "train.noise_offset", "train.seed",
+                 "train.samples", "train.warmup_samples", "train.weight_decay", "train.ema_half_life",
+                 "train.noise_offset", "train.seed",
                  "data.cache_gb", "data.workers", "checkpoint.every", "log.validation_every",
                  "log.validation_guidance_scale", "log.gallery")  # fmt: skip
 _SHARES = ("filter.loss_decay", "train.adam_beta1", "train.adam_beta2", "data.caption_dropout", "data.max_bad_share",

@@ -78,7 +78,7 @@ class Sweep:
         (self.out / "logs").mkdir(parents=True, exist_ok=True)
         rows, failed = {}, []
         for point in self.points:  # those of an earlier call stay in the table until they are read again
-            with suppress(ValueError, KeyError):
+            with suppress(ValueError):
                 rows[point.row] = self._row(point)
         with (
             _children() as children,

@@ -25,7 +25,7 @@ from memfilter.calibration import Calibration
 from memfilter.cli import main
 from memfilter.config import ConfigError, digest, make_filter
 from memfilter.pipelines import model_dir
-from memfilter.sweep import describe, read_sweep
+from memfilter.sweep import Sweep, describe, read_sweep
 
 ROOT = Path(__file__).resolve().parents[1]
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
@@ -90,6 +90,25 @@ def test_what_is_swept_beside_the_method_is_part_of_the_setting(tmp_path):
     parameters = {"config": {"values": ["{train: {learning_rate: 1.0e-3}}", "{train: {learning_rate: 1.0e-4}}"]}}
     with pytest.raises(ConfigError, match="several points are called none  0: sweep what tells them apart"):
         read_sweep(written(tmp_path / "sweep.yaml", parameters=parameters | {"filter.tau": {"value": None}}))
+
+
+def test_rows_of_an_earlier_call_stay_in_the_table_of_one_that_is_stopped(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    points = read_sweep(written(tmp_path / "sweep.yaml"))
+    for point in points:
+        (run := Path(point.config.run_dir)).mkdir(parents=True)
+        (run / "summary.json").write_text('{"cpu_seconds": 1.0}')
+        (run / "evaluation.json").write_text("{}")
+
+    def make(self, point, children):
+        if point is points[-1]:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(Sweep, "_make", make)
+    with pytest.raises(KeyboardInterrupt):
+        Sweep(points, tmp_path / "out").run(progress=False)
+    rows = list(csv.DictReader((tmp_path / "out" / "results.csv").open(newline="")))
+    assert len(rows) == len(points) == 4
 
 
 def test_name_of_a_run_depends_on_what_the_weights_depend_on():

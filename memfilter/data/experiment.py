@@ -32,7 +32,6 @@ class Experiment:
     repeats: np.ndarray  # int [N]
     contents: str = ""  # a manifest's fingerprint of pictures and captions
     groups: Sequence[str] | None = None  # of samples whose contents are near duplicates; None where nothing is known
-    distinct_left_out: float | None = None  # share of the distinct samples that de-duplication took for copies of others
     before: Experiment | None = None  # de-duplication
 
     @classmethod
@@ -82,13 +81,20 @@ class Experiment:
         chosen: dict = {name: [values[row] for row in rows] for name, values in names.items()} | {"before": self}
         if self.duplicate is not None:
             chosen["duplicate"] = self.duplicate[rows]
-            chosen["distinct_left_out"] = 1 - float((~chosen["duplicate"]).sum() / max(1, (~self.duplicate).sum()))
         return replace(self, **chosen, repeats=np.ones(len(rows), int))
 
     @property
     def whole(self) -> Experiment:
         """As it was before de-duplication: what a cache is made of, which then serves with it and without."""
         return self.before or self
+
+    @property
+    def distinct_left_out(self) -> float | None:
+        """Share of the distinct samples that de-duplication took for copies of others; None where there was none, or roles
+        are not known."""
+        if self.before is None or self.duplicate is None:
+            return None
+        return 1 - float((~self.duplicate).sum() / max(1, (~self.before.duplicate).sum()))
 
     def virtual(self) -> np.ndarray:
         """Row of every virtual sample, int [sum of repeats]."""

@@ -31,7 +31,8 @@ def read_figures(run: Path) -> dict[str, float | None]:
     """
     try:
         summary, evaluation = (json.loads((run / f"{name}.json").read_text()) for name in ("summary", "evaluation"))
-    except (OSError, ValueError) as error:
+        seconds = summary["cpu_seconds"]
+    except (OSError, ValueError, KeyError) as error:
         raise ValueError(f"{run} is no run that was evaluated: {' '.join(str(error).split())}") from error
     duplicates, distinct = evaluation.get("duplicates", {}), evaluation.get("distinct", {})
     left = 1 - summary.get("data/distinct_left_out", 0.0) if summary.get("samples") != 0 else 0.0
@@ -44,7 +45,7 @@ def read_figures(run: Path) -> dict[str, float | None]:
         "seed_agreement": duplicates.get("seed_agreement"),
         "distinct_dropped": 1 - left * (1 - summary.get("filter/drop_rate_distinct", 0.0)),
         "passes": summary.get("filter/pass_share", 0.0),
-        "cpu_seconds": summary["cpu_seconds"],
+        "cpu_seconds": seconds,
     }
 
 

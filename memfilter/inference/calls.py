@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 
 import numpy as np
@@ -145,11 +145,9 @@ def first_calls(pipeline, steps: int, **arguments) -> list[Call]:
         if len(calls) == steps:
             raise _Enough
 
-    with hooked(pipeline, see), torch.no_grad():
+    with hooked(pipeline, see), torch.no_grad(), suppress(_Enough):
         try:
             pipeline(**arguments)
-        except _Enough:
-            pass
         finally:
             pipeline.maybe_free_model_hooks()
     return calls

@@ -22,19 +22,14 @@ def mean_norm(norms: np.ndarray, steps: int | None = None, seeds: int | None = N
     return np.where(there, np.nansum(chosen, (1, 2)) / np.maximum(there, 1), np.nan)
 
 
-def require_rate(false_positive_rate: float, clean: int | None = None) -> int:
+def allowed_above(false_positive_rate: float, clean: int) -> int:
     """How many of so many clean prompts may have as high a metric as one that is called memorized.
-
-    Args:
-        clean: None only looks at the rate.
 
     Raises:
         ValueError: it is no rate, or there are too few clean prompts for so small a one.
     """
     if not 0 < false_positive_rate < 1:
         raise ValueError(f"false_positive_rate must lie between 0 and 1, found {false_positive_rate}")
-    if clean is None:
-        return 0
     allowed = math.floor(false_positive_rate * (clean + 1) + 1e-9) - 1
     if allowed < 0:
         raise ValueError(f"a false positive rate of {false_positive_rate} needs {math.ceil(1 / false_positive_rate) - 1:,} "
@@ -86,10 +81,10 @@ class CleanNorms:
         """The metric from which a prompt counts as memorized: its p-value is then at most ``false_positive_rate``.
 
         Raises:
-            ValueError: as `metric` and `require_rate`.
+            ValueError: as `metric` and `allowed_above`.
         """
         clean = np.sort(self.metric(steps, seeds))[::-1]
-        return float(np.nextafter(clean[require_rate(false_positive_rate, len(clean))], np.inf))
+        return float(np.nextafter(clean[allowed_above(false_positive_rate, len(clean))], np.inf))
 
     def p_values(self, metric: np.ndarray, steps: int | None = None, seeds: int | None = None) -> np.ndarray:
         """Conformal p-values, [n] -> [n]: (1 + clean prompts at least as high) / (1 + clean prompts).

@@ -13,7 +13,7 @@ from memfilter.data.prompts import read_prompts
 from memfilter.eval.copies import PIXELS, Measure
 from memfilter.eval.parts import Parts, fingerprint, processes
 from memfilter.eval.runs import FinishedRun
-from memfilter.inference.clean import CleanNorms, require_rate
+from memfilter.inference.clean import CleanNorms, allowed_above
 from memfilter.inference.detection import Sampling, Signals, about_clean, clean_norms, measure_prompts
 from memfilter.pipelines import load_pipeline, load_trained, model_dir
 
@@ -112,21 +112,18 @@ class Model:
             count: prompts, where there is no file.
 
         Raises:
-            ValueError: as `clean_prompts` and `require_rate`; or those of a .json file were generated otherwise.
+            ValueError: as `clean_prompts` and `allowed_above`; or those of a .json file were generated otherwise.
         """
-        facts = self.facts(sampling)
+        found = CleanNorms.load(file) if file is not None and file.suffix == ".json" else None
+        prompts = self.clean_prompts(file, count) if found is None else []
         if rate is not None:
-            require_rate(rate)
-        if file is not None and file.suffix == ".json":
-            found = CleanNorms.load(file)
+            allowed_above(rate, len(prompts) if found is None else len(found.norms))
+        facts = self.facts(sampling)
+        if found is not None:
             found.require(facts)
             return found
-        prompts = self.clean_prompts(file, count)
-        if rate is not None:
-            require_rate(rate, len(prompts))
         about = about_clean(prompts, facts, until)
-        shown = fingerprint(about | {"seeds": sampling.seeds})[:16]
-        kept = kept or _cache() / f"{shown}.json"
+        kept = kept or _cache() / f"{fingerprint(about | {'seeds': sampling.seeds})[:16]}.json"
         for path in (kept, model_dir(self.name) / SHIPPED):
             with suppress(ValueError):
                 found = CleanNorms.load(path)
