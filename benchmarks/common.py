@@ -22,6 +22,10 @@ ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "docs" / "results"
 
 
+# of processes that benchmarks start: one thread, this project, no network
+ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
+
+
 def parser(doc: str, work_dir: str, seeds: Sequence[int] | None = None) -> argparse.ArgumentParser:
     """The arguments that all have."""
     made = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -40,9 +44,8 @@ def call(log: Path, *words) -> None:
         SystemExit: it failed.
     """
     log.parent.mkdir(parents=True, exist_ok=True)
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
     with log.open("a") as file:
-        done = subprocess.run([sys.executable, *map(str, words)], cwd=ROOT, env=environment, stdout=file, stderr=file)
+        done = subprocess.run([sys.executable, *map(str, words)], cwd=ROOT, env=ENVIRONMENT, stdout=file, stderr=file)
     if done.returncode:
         raise SystemExit(f"{' '.join(map(str, words[:4]))} failed, see {log}")
 

@@ -11,7 +11,6 @@ spare. About 70 minutes.
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import signal
 import subprocess
@@ -19,7 +18,7 @@ import sys
 import time
 from pathlib import Path
 
-from common import ROOT, parser, write_csv
+from common import ENVIRONMENT, ROOT, parser, write_csv
 from evidence import METHODS, prepare, settings_of
 
 from memfilter.arguments import parse
@@ -39,11 +38,10 @@ def measure(work: Path, scenario: str, seed: int) -> list[dict]:
         shutil.rmtree(ROOT / out, ignore_errors=True)
         settings = [word for word in settings_of(work, scenario, seed, method) if not word.startswith("--run_dir=")]
         runs[method] = ROOT / parse([*settings, f"--run_dir={out}"]).run_dir
-        environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
         log = runs[method].with_suffix(".log")
         log.parent.mkdir(parents=True, exist_ok=True)
         command = [sys.executable, "train_filtered.py", *settings, f"--run_dir={out}"]
-        process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log.open("w"), stderr=subprocess.STDOUT)
+        process = subprocess.Popen(command, cwd=ROOT, env=ENVIRONMENT, stdout=log.open("w"), stderr=subprocess.STDOUT)
         process.send_signal(signal.SIGSTOP)
         started.append(process)
     try:

@@ -15,13 +15,12 @@ code 1 if uniformity is rejected at 5%.
 from __future__ import annotations
 
 import argparse
-import os
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
+from common import RESULTS, ROOT, call
+
 SEED, HELD_OUT = 8_000_000, 2000
 SAMPLES = 9000  # 20 x 200 + 5,000
 SIGNIFICANCE = 0.05
@@ -32,17 +31,12 @@ def train(work: Path, share: float) -> Path:
     """The run, with nine checkpoints."""
     run, scenes = work / f"run-{share}", work / "scenes"
     if not scenes.exists():
-        _call("-m", "memfilter.cli", "prepare", "scenes", scenes, f"--seed={SEED}", "--repeats=200", "--distinct=5000")
+        call(work / "log", "-m", "memfilter.cli", "prepare", "scenes", scenes, f"--seed={SEED}", "--repeats=200", "--distinct=5000")
     if not (run / "summary.json").exists():
-        _call("train_filtered.py", "--config", "configs/evidence.yaml", f"--run_dir={run}", f"--data.path={scenes}",
+        call(work / "log", "train_filtered.py", "--config", "configs/evidence.yaml", f"--run_dir={run}", f"--data.path={scenes}",
               f"--train.samples={SAMPLES}", f"--train.seed={SEED}", f"--filter.reference_share={share}", "--checkpoint.keep=9",
               f"--checkpoint.every={SAMPLES // 9}", "--checkpoint.resume=true", "--log.gallery=0")  # fmt: skip
     return run
-
-
-def _call(*arguments) -> None:
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
-    subprocess.run([sys.executable, *map(str, arguments)], cwd=ROOT, env=environment, check=True, stderr=subprocess.DEVNULL)
 
 
 def moments(run: Path) -> list[Path]:
@@ -66,12 +60,12 @@ def norms(work: Path, checkpoint: Path):
     if not out.exists():
         scenes, model = work / "held_out", work / f"model-{name}"
         if not scenes.exists():
-            _call("-m", "memfilter.cli", "prepare", "scenes", scenes, f"--seed={SEED + 1}", "--duplicates=1", "--repeats=1",
+            call(work / "log", "-m", "memfilter.cli", "prepare", "scenes", scenes, f"--seed={SEED + 1}", "--duplicates=1", "--repeats=1",
                   f"--distinct={HELD_OUT}")  # fmt: skip
         pipeline = load_pipeline("scenes")
         pipeline.unet.load_state_dict(load_file(checkpoint / "model.safetensors"))
         pipeline.save_pretrained(model)
-        _call("-m", "memfilter.cli", "calibrate", f"--model.path={model}", f"--data.path={scenes}", f"--out={out}",
+        call(work / "log", "-m", "memfilter.cli", "calibrate", f"--model.path={model}", f"--data.path={scenes}", f"--out={out}",
               f"--keys={HELD_OUT}", "--looks=1", "--train.batch_size=20", f"--train.seed={int(checkpoint.name)}")  # fmt: skip
         shutil.rmtree(model)
     found = Calibration.load(out)
@@ -122,7 +116,7 @@ def test(work: Path, checkpoints: list[Path]) -> tuple[list[str], bool]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work_dir", type=Path, default=Path("runs/p_values"))
-    parser.add_argument("--out", type=Path, default=ROOT / "docs" / "results", help="directory of the table")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="directory of the table")
     args = parser.parse_args()
     args.work_dir.mkdir(parents=True, exist_ok=True)
     work = args.work_dir.resolve()
