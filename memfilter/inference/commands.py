@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 import sys
 from pathlib import Path
 from typing import Literal
-
-SUFFIXES = (".parquet", ".jsonl")
 
 
 def detect(
@@ -58,6 +55,7 @@ def detect(
     from memfilter.eval.sscd import measure_named
     from memfilter.inference.detection import Sampling, judge, require_rivals
     from memfilter.inference.models import Model
+    from memfilter.inference.table import SUFFIXES, asked_prompts, measured_names, measured_rows, verdict, write_rows
     from memfilter.train.engine import end_processes
 
     # what cannot be done is refused before the work begins
@@ -73,7 +71,7 @@ def detect(
         raise ValueError(f"first is {first}, more than steps, which is {steps}")
     require_rivals(rivals, seeds)
     chosen = Model(model)
-    asked = _asked(chosen, prompts, _own_columns(first))
+    asked = asked_prompts(chosen, Path(prompts) if prompts else None, taken=measured_names(first))
     sampling = Sampling(seeds, steps, guidance_scale, size or chosen.size)
     if counted and counted < (readable := sampling.first(chosen.pipeline)):
         raise ValueError(f"first is {first}, and before step {readable} no norm can be read, at zero terminal SNR: ask for more")
@@ -88,15 +86,10 @@ def detect(
     signals = chosen.measure([row["prompt"] for row in asked], sampling, work, rivals=rivals, measure=measured, **more)
     threshold, p_values = judge(signals, ground, false_positive_rate, counted)
     if chosen.state.is_main_process:
-        columns = _columns(signals, first, quick) | {"p_value": p_values}
-        columns |= {name: signals.rival(name, clean=ground) for name in signals.raw}
-        columns["memorized"] = signals.metric(counted) >= threshold
-        rows = [known | {name: _plain(values[at]) for name, values in columns.items()} for at, known in enumerate(asked)]
-        for row, norms in zip(rows, signals.norms.mean(1), strict=True):  # [P, seeds, S] -> [P, S]
-            row["norms"] = [_plain(norm) for norm in norms]
-        _write_rows(rows, place)
+        rows = measured_rows(asked, signals, ground, threshold, p_values, first, whole=not quick)
+        write_rows(rows, place)
         shutil.rmtree(work, ignore_errors=True)
-        _tell(rows, threshold, false_positive_rate)
+        print(verdict(rows, threshold, false_positive_rate))
         print(place)
     end_processes()
 
@@ -105,79 +98,6 @@ def _at_least(least: int, **values: int) -> None:
     for name, value in values.items():
         if value < least:
             raise ValueError(f"{name} must be at least {least}, found {value}")
-
-
-def _own_columns(first: int) -> set[str]:
-    from memfilter.inference.rivals import RIVALS
-
-    return {"metric_first_step", f"metric_first_{first}", "metric_all", "p_value", "memorized", "norms", *RIVALS}
-
-
-def _asked(model, prompts: str | None, taken: set[str] = frozenset(), others: int = 40) -> list[dict]:
-    """Prompts with what is known of them, every row with the same names, and values of one kind under each.
-
-    Args:
-        taken: names that a file must not have.
-    """
-    from memfilter.data.prompts import read_prompts
-
-    if prompts is None:
-        if model.run is None:
-            raise ValueError(f"prompts: name a file, {model.name} is no run that has its own")
-        return [{"prompt": p.text, "key": p.key, "duplicate": p.duplicate} for p in model.run.prompts(others)]
-    rows = [row for _, row in read_prompts(Path(prompts))]
-    names = dict.fromkeys(name for row in rows for name in row)
-    if both := taken & {*names}:
-        raise ValueError(f"prompts: {prompts} has a column {min(both)}, which is a name of what is measured: call it otherwise")
-    return [dict(zip(names, values, strict=True)) for values in zip(*(_of_one_kind(rows, name) for name in names), strict=True)]
-
-
-def _of_one_kind(rows: list[dict], name: str) -> list:
-    """Values that Parquet and JSON take: as they are, or as text; None where there is none, or no number."""
-    values = [None if (value := row.get(name)) != value else value for row in rows]
-    kinds = {type(value) for value in values} - {type(None)}
-    as_text = len(kinds) > 1 or not kinds <= {str, int, float, bool} or any(
-        isinstance(value, int | float) and abs(value) >= 2**63 for value in values)  # fmt: skip
-    return [None if value is None else str(value) for value in values] if as_text else values
-
-
-def _columns(signals, first: int, quick: bool) -> dict:
-    columns = {"metric_first_step": signals.metric(1)}
-    if first:
-        columns[f"metric_first_{first}"] = signals.metric(first)
-    return columns if quick else columns | {"metric_all": signals.metric()}
-
-
-def _plain(value):
-    """For JSON and Parquet; None where nothing could be read."""
-    value = value.item()
-    return None if value != value else value
-
-
-def _write_rows(rows: list[dict], out: Path) -> None:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    from memfilter.files import atomic
-
-    with atomic(out) as partial:
-        if out.suffix == ".parquet":
-            pq.write_table(pa.Table.from_pylist(rows), partial)
-        else:
-            partial.write_text("".join(json.dumps(row, allow_nan=False) + "\n" for row in rows), encoding="utf-8")
-
-
-def _tell(rows: list[dict], threshold: float, false_positive_rate: float, at_most: int = 20) -> None:
-    """The verdict, for people."""
-    from memfilter.data.shards import printable
-
-    memorized = sorted((row for row in rows if row["memorized"]), key=lambda row: row["p_value"])
-    for row in memorized[:at_most]:
-        print(f"p {row['p_value']:.3g}  {printable(row['prompt'])[:100]}")
-    if len(memorized) > at_most:
-        print(f"... and {len(memorized) - at_most} more")
-    print(f"{len(memorized):,} of {len(rows):,} prompts are memorized: a metric of at least {threshold:.4g}, which "
-          f"{false_positive_rate:.3g} of clean prompts may reach.")  # fmt: skip
 
 
 def explain(
@@ -272,6 +192,7 @@ def generate(
     from memfilter.inference.detection import Sampling
     from memfilter.inference.generating import Mitigation, write_pictures
     from memfilter.inference.models import Model
+    from memfilter.inference.table import asked_prompts
     from memfilter.train.engine import end_processes
 
     _at_least(1, batch_size=batch_size)
@@ -279,7 +200,7 @@ def generate(
     if (prompt is None) == (prompts is None):
         raise ValueError("prompt, prompts: name one of them")
     chosen, place = Model(model), Path(out)
-    texts = [prompt] if prompts is None else [row["prompt"] for row in _asked(chosen, prompts)]
+    texts = [prompt] if prompts is None else [row["prompt"] for row in asked_prompts(chosen, Path(prompts))]
     sampling = Sampling(seeds, steps, guidance_scale, size or chosen.size)
     threshold = None
     if mitigation != "none" and (when == "detected" or (mitigation == "prompt" and target is None)):
