@@ -55,7 +55,7 @@ class CleanNorms:
     cosines: np.ndarray | None = None
 
     @property
-    def first(self) -> int:
+    def first_readable(self) -> int:
         """Steps until the first whose norm can be read."""
         return int(np.isfinite(self.norms).all((0, 1)).argmax()) + 1
 
@@ -99,15 +99,14 @@ class CleanNorms:
     def band(self, quantiles: tuple[float, ...] = (0.05, 0.5, 0.95)) -> np.ndarray:
         """Quantiles of the norm at every step, over prompts and seeds: [len(quantiles), steps]; NaN where it cannot be read."""
         found = np.full((len(quantiles), self.norms.shape[2]), np.nan)
-        found[:, self.first - 1 :] = np.nanquantile(
-            self.norms[..., self.first - 1 :].reshape(-1, self.norms.shape[2] - self.first + 1), quantiles, axis=0
-        )
+        readable = self.norms[..., self.first_readable - 1 :]
+        found[:, self.first_readable - 1 :] = np.nanquantile(readable.reshape(-1, readable.shape[-1]), quantiles, axis=0)
         return found
 
     @property
     def usual(self) -> float:
         """Median norm of the first step that can be read."""
-        return float(self.band((0.5,))[0, self.first - 1])
+        return float(self.band((0.5,))[0, self.first_readable - 1])
 
     def spread(self) -> tuple[float, float]:
         """Standard deviation over clean prompts of the first norm and of the last cosine, means over the seeds.
@@ -117,7 +116,7 @@ class CleanNorms:
         """
         if self.cosines is None:
             raise ValueError("the clean prompts' generations were broken off, anisotropy asks for whole ones: calibrate anew")
-        return float(self.norms[..., self.first - 1].mean(1).std()), float(self.cosines.mean(1).std())
+        return float(self.norms[..., self.first_readable - 1].mean(1).std()), float(self.cosines.mean(1).std())
 
     def require(self, about: dict) -> None:
         """Raises ValueError where a generation is made in another way than the clean ones were."""

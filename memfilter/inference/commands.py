@@ -73,7 +73,7 @@ def detect(
     chosen = Model(model)
     asked = asked_prompts(chosen, Path(prompts) if prompts else None, taken=measured_names(first))
     sampling = Sampling(seeds, steps, guidance_scale, size or chosen.size)
-    if counted and counted < (readable := sampling.first(chosen.pipeline)):
+    if counted and counted < (readable := sampling.first_readable(chosen.pipeline)):
         raise ValueError(f"first is {first}, and before step {readable} no norm can be read, at zero terminal SNR: ask for more")
     measured = measure_named(measure, Path(sscd) if sscd else None, sscd_sha256, chosen.state.device)
     place.parent.mkdir(parents=True, exist_ok=True)
@@ -204,7 +204,7 @@ def generate(
     sampling = Sampling(seeds, steps, guidance_scale, size or chosen.size)
     threshold = None
     if mitigation != "none" and (when == "detected" or (mitigation == "prompt" and target is None)):
-        first = sampling.first(chosen.pipeline)
+        first = sampling.first_readable(chosen.pipeline)
         ground = chosen.clean_norms(Path(clean) if clean else None, sampling, place / "clean.json", rate=false_positive_rate,
                                     until=first, batch_size=batch_size)  # fmt: skip
         threshold = ground.threshold(false_positive_rate, first, seeds) if when == "detected" else None

@@ -52,7 +52,7 @@ class Sampling:
             "weights": weights_digest(*(getattr(pipeline, name, None) for name in _MODELS)),
         }
 
-    def first(self, pipeline) -> int:
+    def first_readable(self, pipeline) -> int:
         """Steps until the first whose norm can be read; ValueError where there is none."""
         return first_readable(pipeline.scheduler, self.steps)
 
@@ -90,7 +90,7 @@ class Signals:
         if name == "anisotropy":
             if clean is None:
                 raise ValueError("anisotropy asks for norms of clean prompts")
-            first = self.norms[:, :seeds, clean.first - 1].mean(1)
+            first = self.norms[:, :seeds, clean.first_readable - 1].mean(1)
             return anisotropy(first, raw[..., -1].mean(1), clean.spread())
         return density(raw[:, :, :seeds])
 

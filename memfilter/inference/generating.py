@@ -75,7 +75,7 @@ def generate_prompt(
     Args:
         batch_size: pictures at a time.
     """
-    form, first = (sampling.steps, sampling.guidance_scale, sampling.size), sampling.first(pipeline)
+    form, first = (sampling.steps, sampling.guidance_scale, sampling.size), sampling.first_readable(pipeline)
     seeds = [range(start, min(start + batch_size, sampling.seeds)) for start in range(0, sampling.seeds, batch_size)]
     batches = [[Job(number, prompt, seed) for seed in some] for some in seeds]
     calls: list[Call | None] = [None] * len(batches)

@@ -76,7 +76,7 @@ def adjust_prompt(
     for one, given in zip(unspent, generator, strict=True):
         one.set_state(given.get_state())
     arguments = call_arguments(prompts, unspent, sampling.steps, sampling.guidance_scale, sampling.size)
-    call = first_calls(pipeline, sampling.first(pipeline), **arguments)[-1]
+    call = first_calls(pipeline, sampling.first_readable(pipeline), **arguments)[-1]
     return adjusted_call(pipeline, call, target, learning_rate, iterations)
 
 

@@ -51,7 +51,7 @@ def token_significance(
     Raises:
         ValueError: a step that the sampler does not make, or whose norm cannot be read.
     """
-    first = sampling.first(pipeline) - 1
+    first = sampling.first_readable(pipeline) - 1
     steps = (first,) if steps is None else tuple(steps)
     if steps and 0 <= min(steps) < first:
         raise ValueError(f"steps: the norm of the first cannot be read, at zero terminal SNR: begin with {first}")

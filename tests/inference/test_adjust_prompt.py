@@ -135,7 +135,7 @@ def test_half_precision_moves_as_whole_precision_does(sd1, dtype):
 
 
 def test_where_the_first_step_tells_nothing_the_second_is_met(zero_snr):
-    assert SAMPLING.first(zero_snr) == 2
+    assert SAMPLING.first_readable(zero_snr) == 2
     before = adjust(zero_snr, JOBS, 1e9).before
     made = adjust(zero_snr, JOBS, float(before.min()) * 0.95, iterations=50)
     assert before.isfinite().all() and (made.after < before).all()

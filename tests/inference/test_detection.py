@@ -129,7 +129,7 @@ def test_p_values_of_clean_prompts_are_uniform_and_small_ones_rare():
 def test_steps_that_cannot_be_read_are_no_ground_for_a_verdict():
     ground = clean()
     ground.norms[:, :, 0] = np.nan
-    assert ground.first == 2 and clean().first == 1
+    assert ground.first_readable == 2 and clean().first_readable == 1
     assert ground.metric(2) == pytest.approx(ground.norms[..., 1].mean(1))
     assert ground.usual == pytest.approx(np.median(ground.norms[..., 1]))
     with pytest.raises(ValueError, match="the first 1 steps cannot be read"):
@@ -139,7 +139,7 @@ def test_steps_that_cannot_be_read_are_no_ground_for_a_verdict():
 def test_zero_terminal_snr_is_judged_by_later_steps(zero_snr):
     ground = clean_norms(zero_snr, [f"a picture no {i}" for i in range(9)], SAMPLING, progress=False)
     signals = measure_prompts(zero_snr, PROMPTS, SAMPLING, rivals=("anisotropy",), progress=False)
-    assert ground.first == SAMPLING.first(zero_snr) == 2 and np.isnan(signals.metric(1)).all()
+    assert ground.first_readable == SAMPLING.first_readable(zero_snr) == 2 and np.isnan(signals.metric(1)).all()
     threshold, p = judge(signals, ground, 0.2, 2)
     assert np.isfinite(threshold) and (p < 1).any()
     assert np.isfinite(signals.rival("anisotropy", clean=ground)).all()
