@@ -60,7 +60,7 @@ def overview(table: Table, scenario: str) -> list[str]:
 def best_tau(table: Table, scenario: str, seeds: list[int], allowed: float) -> tuple[str, str] | None:
     """The fixed tau that memorizes least of those that drop at most this share of distinct samples, over these seeds."""
     taus = [s for s in table.settings if s[0] == "tau" and set(seeds) <= set(table.seeds(scenario, s))]
-    taus = [s for s in taus if table.of(scenario, s, "distinct_dropped", seeds).mean() <= allowed]
+    taus = [s for s in taus if table.of(scenario, s, "distinct_dropped", seeds).mean() <= allowed + 1e-9]  # rounding
     return min(taus, key=lambda s: table.of(scenario, s, "memorization_rate", seeds).mean(), default=None)
 
 

@@ -78,7 +78,8 @@ def comparisons(study: Study) -> list[str]:
         ("How far is evidence from de-duplication?", "evidence", "dedup"),
     ]
     lines = [f"- {question} {study.against(best.get(own), best.get(other))}" for question, own, other in asked]
-    lines += [f"- How far is {method} from the oracle? {study.against(best[method], (ORACLE, ''))}" for method in best
+    oracle = (ORACLE, "") if ORACLE in best else None
+    lines += [f"- How far is {method} from the oracle? {study.against(best[method], oracle)}" for method in best
               if method not in (BASE, NONE, ORACLE)]  # fmt: skip
     rta = best.get("rta")
     own = study.best(FILTERS, study.of(rta, "agreement_distinct").mean()) if rta else None

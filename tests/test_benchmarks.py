@@ -1,0 +1,142 @@
+"""What benchmarks make of their rows: the figures that are published, redone by hand on rows of known outcome."""
+
+import csv
+import importlib
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from scipy import stats
+
+BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
+SEEDS = (311, 312, 313)
+
+
+@pytest.fixture
+def benchmark(monkeypatch):
+    """Factory: a module of benchmarks/ by its name."""
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    return importlib.import_module
+
+
+def test_interval_is_students(benchmark):
+    common = benchmark("common")
+    values = np.array([0.1, 0.25, 0.05, 0.4])
+    low, high = stats.t.interval(0.95, 3, values.mean(), stats.sem(values))
+    assert common.half_width(values) == pytest.approx((high - low) / 2)
+    assert common.mean(values) == f"0.200 ± {(high - low) / 2:.3f}"
+    assert np.isnan(common.half_width(values[:1]))
+
+
+# ---- of evidence
+
+
+@pytest.fixture
+def table(benchmark, tmp_path):
+    """Factory: evidence_tables.Table of settings of scenario a with a memorization rate for each seed."""
+    module = benchmark("evidence_tables")
+
+    def make(**settings) -> tuple:
+        columns = ["scenario", "method", "setting", "seed", "run", *module.FIGURES]
+        with (tmp_path / "evidence.csv").open("w", newline="") as file:
+            writer = csv.DictWriter(file, columns, restval=0)
+            writer.writeheader()
+            for name, (rates, more) in settings.items():
+                method, _, setting = name.partition("_")
+                for seed, rate in zip(SEEDS, rates, strict=False):
+                    known = {"scenario": "a", "method": method, "setting": setting.replace("_", " "), "seed": seed}
+                    writer.writerow(known | {"memorization_rate": rate, "agreement_distinct": 0.8} | more)
+        return module, module.Table(tmp_path / "evidence.csv")
+
+    return make
+
+
+def test_best_tau_is_that_which_memorizes_least_of_those_that_may_be_chosen(table):
+    module, rows = table(
+        tau_3=((0.05, 0.05, 0.05), {"distinct_dropped": 0.6}),
+        tau_5=((0.10, 0.20, 0.30), {"distinct_dropped": 0.1}),
+        tau_6=((0.30, 0.30, 0.30), {"distinct_dropped": 0.05}),
+        tau_7=((0.00, 0.00), {"distinct_dropped": 0.0}),  # not of every seed
+    )
+    assert module.best_tau(rows, "a", [*SEEDS], 1.0) == ("tau", "3")
+    assert module.best_tau(rows, "a", [*SEEDS], 0.1) == ("tau", "5")
+    assert module.best_tau(rows, "a", [*SEEDS], 0.07) == ("tau", "6")
+    assert module.best_tau(rows, "a", [*SEEDS], 0.01) is None
+    assert module.best_tau(rows, "a", [311, 312], 0.01) == ("tau", "7")
+
+
+def test_claims_are_paired_and_over_the_seeds_that_both_have(table):
+    module, rows = table(
+        none=((0.2, 0.4, 0.6), {"agreement_distinct": 0.8}),
+        tau_5=((0.1, 0.2, 0.3), {"distinct_dropped": 0.1}),
+        oracle=((0.0, 0.02), {}),
+        evidence_with_savings=((0.02, 0.05, 0.05), {"distinct_dropped": 0.1, "agreement_distinct": 0.78}),
+    )
+    own, lines = module.EVIDENCE, module.claims(rows, "a", module.EVIDENCE)
+    differences = module.mean([0.08, 0.15, 0.25])
+    assert any("best fixed tau" in line and "tau 5" in line and "80% lower" in line and differences in line for line in lines)
+    assert f"- above the oracle by {module.mean([0.02, 0.03])}" in lines
+    assert f"- agreement on distinct prompts is {module.mean([0.975] * 3)} of that without a filter" in lines
+    assert f"- memorization is 0.040, without a filter 0.400; paired difference {module.mean([0.18, 0.35, 0.55])}" in lines
+    assert rows.seeds("a", own, module.ORACLE) == [311, 312]
+
+
+def test_share_of_the_effect_is_of_evidence_without_savings(table, tmp_path):
+    module, rows = table(
+        none=((0.2, 0.4, 0.6), {}),
+        evidence_without_savings=((0.0, 0.0, 0.0), {"passes": 1.0}),
+        evidence_with_savings=((0.04, 0.04, 0.04), {"passes": 0.15}),
+    )
+    assert module.effects(rows, tmp_path) == []  # nothing is known of times
+    (tmp_path / "evidence_costs.csv").write_text("scenario,method,setting,time_ratio\n"
+                                                 "a,evidence,with savings,0.52\nd,evidence,with savings,1.1\n")  # fmt: skip
+    lines = module.effects(rows, tmp_path)
+    assert "| with savings | 3 | 0.90 | 0.150 | 0.520 | 1.100 |" in lines
+    assert "| without savings | 3 | 1.00 | 1.000 |  |  |" in lines
+
+
+def test_rows_of_another_recipe_are_made_anew_and_ratios_of_time_are_by_seed(benchmark, tmp_path):
+    evidence = benchmark("evidence")
+    path, known = tmp_path / "evidence.csv", dict.fromkeys(evidence.COLUMNS, 0) | {"scenario": "a", "setting": "", "run": "x"}
+    rows = [known | {"method": method, "seed": seed, "seconds": seconds, "recipe": evidence.recipe("a", (method, ""))}
+            for method, seed, seconds in (("oracle", 312, 60.0), ("none", 311, 100.0), ("oracle", 311, 50.0))]  # fmt: skip
+    evidence.write_rows(path, rows)
+    found = {(row["method"], row["seed"]): row["time_ratio"] for row in evidence.read_rows(path)}
+    assert found == {("none", 311): 1.0, ("oracle", 311): 0.5, ("oracle", 312): None}
+    path.write_text(path.read_text().replace(evidence.recipe("a", ("oracle", "")), "another"))
+    assert [row["method"] for row in evidence.read_rows(path)] == ["none"]
+
+
+# ---- of the study
+
+
+def study_of(module, **settings):
+    rows = [
+        {"method": name.partition("_")[0], "setting": name.partition("_")[2], "seed": seed, "memorization_rate": rate,
+         "agreement_distinct": agreement, "distinct_dropped": dropped}
+        for name, (rates, agreement, dropped) in settings.items() for seed, rate in zip(SEEDS, rates, strict=True)
+    ]  # fmt: skip
+    return module.Study(pd.DataFrame(rows))
+
+
+def test_setting_of_the_study_is_chosen_by_agreement_then_by_memorization(benchmark):
+    module = benchmark("study")
+    study = study_of(
+        module,
+        none=((0.2, 0.2, 0.2), 0.80, 0.0),
+        tau_3=((0.0, 0.0, 0.0), 0.80, 0.6),  # drops too much
+        tau_5=((0.1, 0.1, 0.1), 0.79, 0.1),
+        tau_7=((0.15, 0.15, 0.15), 0.80, 0.02),
+        rta_1=((0.12, 0.16, 0.2), 0.80, 0.0),
+        rta_8=((0.0, 0.0, 0.0), 0.70, 0.0),  # agrees too little
+        evidence_x=((0.05, 0.08, 0.12), 0.80, 0.0),
+    )
+    assert study.best(("tau",), 0.8) == ("tau", "5") and study.best(("rta",), 0.8) == ("rta", "1")
+    assert study.best(module.FILTERS, 0.8) == ("evidence", "x")
+    lines = module.comparisons(study)
+    (last,) = (line for line in lines if "in every seed" in line)
+    assert last.endswith("in 2 of 3 seeds") and module.mean([0.07, 0.08, 0.08]) in last
+    (first,) = (line for line in lines if "beat random tokens at equal agreement" in line)
+    assert "tau 5 0.100, rta 1 0.160" in first
+    assert any("AGC" in line and line.endswith("no setting agrees well enough") for line in lines)
