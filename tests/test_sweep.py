@@ -241,8 +241,8 @@ def test_wandb_agent_and_this_make_the_same_weights_and_the_table_says_what_came
 
 
 def test_sweep_that_was_killed_goes_on_and_a_run_that_fails_fails_it(sweep, tmp_path):
-    # all is dropped at 0.001, which is an error after three steps; the other run is killed in its midst
-    parameters = {"filter.max_empty_steps": {"value": 3}, "filter.tau": {"values": [0.001, 3.0]}}
+    # the first run is killed in its midst; all is dropped at 0.001, which is an error after three steps
+    parameters = {"filter.max_empty_steps": {"value": 3}, "filter.tau": {"values": [3.0, 0.001]}}
     command = [sys.executable, "-m", "memfilter.cli", "sweep", sweep("runs", 160, **parameters), "--out", tmp_path / "out", EVALUATE]
     process = subprocess.Popen(command, cwd=ROOT, env=ENVIRONMENT, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 240
