@@ -6,7 +6,7 @@ Three scenarios, each with 20 duplicates shown 200 times: (a) among 2,000 sample
 (c) as (a), each duplicate under 10 keys with slightly different captions and crops, which filters that go by key share by
 content (`memfilter prepare groups`); the prompt is the first copy's caption, and a copy of any of the ten counts. And one without
 duplicates: (d) 1,000 samples five times, 20 of which are called duplicates in the table and are none. Beside the methods stands
-the model before it is trained (base). Every run has scenes, duplicates and a training seed of its own, in a process of one
+the model before it is trained (base). Settings of evidence that save more or less are in (a), such as flag sooner in (b). Every run has scenes, duplicates and a training seed of its own, in a process of one
 thread, and sees the same number of samples. Each adds its row to docs/results/evidence.csv when it is finished; rows of the
 same recipe are found there when the command is repeated, so that it goes on where it was stopped.
 Runs are named by their settings, and those of (a) are found by the study (configs/sweeps/study.yaml), as its are here.
@@ -54,11 +54,16 @@ METHODS = {  # (method, setting): settings of the run
     ("evidence", "without savings"): (*EVIDENCE, "--filter.gate=-inf", "--filter.replace=false"),
     **{("evidence", f"gate={gate}"): (*EVIDENCE, f"--filter.gate={gate}") for gate in ("-inf", "0.25", "1.5")},
     ("evidence", "loss only"): (*EVIDENCE, "--filter.signals=[loss]"),
+    ("evidence", "flags at 10%"): (*EVIDENCE, "--filter.false_flag_rate=0.1"),
+    ("evidence", "half life 7"): (*EVIDENCE, "--filter.half_life=7"),
+    ("evidence", "below 0.9"): (*EVIDENCE, "--filter.below=0.9"),
 }
-# what the savings are shown on: (a)
-SAVINGS = [m for m in METHODS if m[0] == "evidence" and m[1] not in ("with savings", "without savings")]
+# savings are weighed on (a); in (b) counting is told a number between 20 and 200, which evidence has to find
+ONLY = {"a": [("evidence", f"gate={gate}") for gate in ("-inf", "0.25", "1.5")] + [("evidence", "loss only")],
+        "b": [("evidence", name) for name in ("flags at 10%", "half life 7", "below 0.9")]}  # fmt: skip
 IN_D = [("none", ""), ("evidence", "with savings"), ("tau", "5"), ("timestep", "2%")]
-WANTED = {s: [m for m in METHODS if (m not in SAVINGS or s == "a") and (s != "d" or m in IN_D)] for s in SCENARIOS}
+WANTED = {s: [m for m in METHODS if (m in ONLY.get(s, []) or not any(m in only for only in ONLY.values()))
+              and (s != "d" or m in IN_D)] for s in SCENARIOS}  # fmt: skip
 BY_KEY = ("evidence", "sightings", "timestep")  # the reference has a vote for each key
 EVALUATE = {"distinct": 40, "seeds": 4, "steps": 10, "guidance_scale": 4.0}
 COLUMNS = ["scenario", "method", "setting", "seed", "memorization_rate", "distinct_dropped", "agreement_duplicates",

@@ -123,6 +123,21 @@ def effects(table: Table, results: Path) -> list[str]:
     return [*lines, ""]
 
 
+def against_counting(table: Table) -> list[str]:
+    """Every setting of evidence that was tried in (b), against every count after which a key is dropped, paired by seed."""
+    counts = [s for s in table.settings if s[0] == "sightings"]
+    lines = ["| evidence | " + " | ".join(f"against {k}" for _, k in counts) + " |", "|---" * (1 + len(counts)) + "|"]
+    for own in (s for s in table.settings if s[0] == "evidence"):
+        cells = []
+        for other in counts:
+            seeds = table.seeds("b", own, other)
+            ours, theirs = (table.of("b", s, "memorization_rate", seeds) for s in (own, other))
+            cells.append(f"{ours.mean():.3f} and {theirs.mean():.3f}, difference {mean(theirs - ours)}" if len(seeds) > 1 else "")
+        if any(cells):
+            lines.append(f"| {own[1]} | {' | '.join(cells)} |")
+    return ["## Evidence against counting, in (b)", "", "Memorization rates over the seeds that both have.", "", *lines, ""] if lines[2:] else []
+
+
 def draw(table: Table, out: Path) -> None:
     """Memorization against the share of distinct samples lost, a panel for each scenario, one mark for each setting."""
     import matplotlib
@@ -135,7 +150,7 @@ def draw(table: Table, out: Path) -> None:
     for axis, scenario in zip(axes[0], scenarios, strict=True):
         for method, setting in table.settings:
             x, y = (table.of(scenario, (method, setting), f) for f in ("distinct_dropped", "memorization_rate"))
-            if not len(x) or method == "base" or setting.startswith("gate") or setting == "loss only":
+            if not len(x) or method == "base" or (method == "evidence" and not setting.endswith("savings")):
                 continue
             axis.errorbar(x.mean(), y.mean(), xerr=half_width(x), yerr=half_width(y), fmt=MARKERS[method], color=COLOURS[method],
                           ms=8, capsize=2, lw=1, mfc="white" if setting == "without savings" else None)  # fmt: skip
@@ -199,7 +214,7 @@ def write(results: Path, work: Path) -> str:
             parts += [f"## {name}", "", *overview(table, scenario), ""]
             for more in (claims(table, scenario, EVIDENCE), claims(table, scenario, UNSAVED)):
                 parts += [*more, ""] if more else []
-    parts += effects(table, results)
+    parts += [*against_counting(table), *effects(table, results)]
     text = "\n".join(["Means over seeds ± half of the 95% interval. `python benchmarks/evidence.py` makes the rows.", "", *parts])
     (results / "evidence.md").write_text(text)
     draw(table, results / "evidence.png")
