@@ -58,8 +58,9 @@ def overview(table: Table, scenario: str) -> list[str]:
 
 
 def best_tau(table: Table, scenario: str, seeds: list[int], allowed: float) -> tuple[str, str] | None:
-    """The fixed tau that memorizes least of those that drop at most this share of distinct samples, over these seeds."""
-    taus = [s for s in table.settings if s[0] == "tau" and set(seeds) <= set(table.seeds(scenario, s))]
+    """The fixed tau that memorizes least of those that drop at most this share of distinct samples, over these seeds; no filter
+    is tau = inf."""
+    taus = [s for s in table.settings if (s[0] == "tau" or s == NONE) and set(seeds) <= set(table.seeds(scenario, s))]
     taus = [s for s in taus if table.of(scenario, s, "distinct_dropped", seeds).mean() <= allowed + 1e-9]  # rounding
     return min(taus, key=lambda s: table.of(scenario, s, "memorization_rate", seeds).mean(), default=None)
 
@@ -87,7 +88,7 @@ def claims(table: Table, scenario: str, own: tuple[str, str]) -> list[str]:
         ours, theirs = (table.of(scenario, s, "memorization_rate", both) for s in (own, other))
         lost, difference = table.of(scenario, other, "distinct_dropped", both).mean(), theirs - ours
         lower = f"{1 - ours.mean() / theirs.mean():.0%} lower" if theirs.mean() else "both 0"
-        lines.append(f"- against {name} ({' '.join(other)}, distinct dropped {lost:.3f}, {len(both)} seeds): memorization "
+        lines.append(f"- against {name} ({'none, tau = inf' if other == NONE else ' '.join(other)}, distinct dropped {lost:.3f}, {len(both)} seeds): memorization "
                      f"{ours.mean():.3f} and {theirs.mean():.3f}, {lower}; paired difference {mean(difference)}")  # fmt: skip
     if len(both := table.seeds(scenario, own, ORACLE)) > 1:
         gap = table.of(scenario, own, "memorization_rate", both) - table.of(scenario, ORACLE, "memorization_rate", both)
@@ -155,7 +156,7 @@ def draw(table: Table, out: Path) -> None:
             axis.errorbar(x.mean(), y.mean(), xerr=half_width(x), yerr=half_width(y), fmt=MARKERS[method], color=COLOURS[method],
                           ms=8, capsize=2, lw=1, mfc="white" if setting == "without savings" else None)  # fmt: skip
             if setting:
-                axis.annotate(setting.replace("savings", "s."), (x.mean(), y.mean()), (6, 5), textcoords="offset points", fontsize=8)
+                axis.annotate(setting, (x.mean(), y.mean()), (6, 5), textcoords="offset points", fontsize=8)
         axis.set_title(NAMES[scenario], fontsize=9)
         axis.set_xlabel("share of distinct samples not trained on")
         axis.set_xscale("symlog", linthresh=0.01)

@@ -64,6 +64,9 @@ def test_best_tau_is_that_which_memorizes_least_of_those_that_may_be_chosen(tabl
     assert module.best_tau(rows, "a", [*SEEDS], 0.07) == ("tau", "6")
     assert module.best_tau(rows, "a", [*SEEDS], 0.01) is None
     assert module.best_tau(rows, "a", [311, 312], 0.01) == ("tau", "7")
+    module, rows = table(none=((0.4, 0.4, 0.4), {}), tau_6=((0.3, 0.3, 0.3), {"distinct_dropped": 0.05}))
+    assert module.best_tau(rows, "a", [*SEEDS], 0.05) == ("tau", "6")
+    assert module.best_tau(rows, "a", [*SEEDS], 0.01) == module.NONE  # tau = inf
 
 
 def test_claims_are_paired_and_over_the_seeds_that_both_have(table):
