@@ -89,7 +89,8 @@ def claims(table: Table, scenario: str, own: tuple[str, str]) -> list[str]:
         lost, difference = table.of(scenario, other, "distinct_dropped", both).mean(), theirs - ours
         change = ours.mean() / theirs.mean() - 1 if theirs.mean() else None
         lower = "theirs is 0" if change is None else f"{abs(change):.0%} {'higher' if change > 0 else 'lower'}"
-        lines.append(f"- against {name} ({'none, tau = inf' if other == NONE else ' '.join(other)}, distinct dropped {lost:.3f}, {len(both)} seeds): memorization "
+        called = "none, tau = inf" if other == NONE else " ".join(other)
+        lines.append(f"- against {name} ({called}, distinct dropped {lost:.3f}, {len(both)} seeds): memorization "
                      f"{ours.mean():.3f} and {theirs.mean():.3f}, {lower}; paired difference {mean(difference)}")  # fmt: skip
     if len(both := table.seeds(scenario, own, ORACLE)) > 1:
         gap = table.of(scenario, own, "memorization_rate", both) - table.of(scenario, ORACLE, "memorization_rate", both)

@@ -237,10 +237,10 @@ def out(request, world, monkeypatch):
     monkeypatch.chdir(root / "here")
 
     def late(*_):
-        pytest.fail(f"not done after {4 * SECONDS} s")  # which no code takes for an error of its own
+        pytest.fail(f"not done after {2 * SECONDS} s")  # which no code takes for an error of its own
 
     before, former = listing(root), signal.signal(signal.SIGALRM, late)
-    signal.alarm(4 * SECONDS)
+    signal.alarm(2 * SECONDS)
     try:
         yield place
     finally:

@@ -8,7 +8,7 @@ import pyarrow.parquet as pq
 import pytest
 from safetensors.numpy import load_file
 
-STEPS, STEP = 16, 8
+STEPS, STEP = 30, 8
 SPLITS = {"1 x 8": (1, 8, 1), "2 x 4": (2, 4, 1), "2 x 2 x 2": (2, 2, 2)}
 # without clipping the scale of a gradient shows in SGD's update; with clipping, whether it was scaled before shows
 OPTIMIZERS = {
