@@ -26,12 +26,16 @@ RESULTS = ROOT / "docs" / "results"
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
 
 
-def parser(doc: str, work_dir: str, seeds: Sequence[int] | None = None) -> argparse.ArgumentParser:
-    """The arguments that all have."""
+def parser(
+    doc: str, work_dir: str | None = None, seeds: Sequence[int] | None = None, processes: bool = True
+) -> argparse.ArgumentParser:
+    """--out, which all have, and what is asked for of --work_dir, --seeds and --processes."""
     made = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
-    made.add_argument("--work_dir", type=Path, default=Path(work_dir), help="of what is kept to go on from")
     made.add_argument("--out", type=Path, default=RESULTS, help="directory of the tables")
-    made.add_argument("--processes", type=int, default=os.cpu_count())
+    if work_dir is not None:
+        made.add_argument("--work_dir", type=Path, default=Path(work_dir), help="of what is kept to go on from")
+    if processes:
+        made.add_argument("--processes", type=int, default=os.cpu_count(), help="at a time")
     if seeds is not None:
         made.add_argument("--seeds", type=int, nargs="+", default=seeds)
     return made
@@ -63,6 +67,12 @@ def write_csv(path: Path, columns: Sequence[str], rows: Iterable[dict]) -> None:
         writer = csv.DictWriter(file, columns)
         writer.writeheader()
         writer.writerows({k: round(v, 4) if isinstance(v, float) else v for k, v in row.items()} for row in rows)
+
+
+def write_text(path: Path, text: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with atomic(path) as partial:
+        partial.write_text(text.rstrip("\n") + "\n", encoding="utf-8")
 
 
 def recipe(config: str, *facts) -> str:

@@ -26,7 +26,7 @@ import time
 from pathlib import Path
 
 import numpy as np
-from common import call, mean, parser, recipe, share, write_csv, write_json
+from common import call, mean, parser, recipe, share, write_csv, write_json, write_text
 
 SEEDS = (401, 402, 403)  # nothing was chosen by looking at them
 STEPS, GUIDANCE = 20, 4.0  # as `memfilter evaluate` has it
@@ -149,8 +149,8 @@ def main() -> None:
             write_csv(args.out / "detection.csv", COLUMNS, rows)
 
     share(args.processes, make, args.seeds)
-    text = f"`python benchmarks/detection.py`: {len(args.seeds)} models. Means ± half of the 95% interval.\n\n{table(rows)}\n"
-    (args.out / "detection.md").write_text(text)
+    text = f"`python benchmarks/detection.py`: {len(args.seeds)} models. Means ± half of the 95% interval.\n\n{table(rows)}"
+    write_text(args.out / "detection.md", text)
     print(text)
 
 

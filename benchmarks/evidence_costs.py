@@ -66,7 +66,7 @@ def measure(work: Path, scenario: str, seed: int) -> list[dict]:
 
 
 def main() -> None:
-    args = parser(__doc__, "runs/clipart", (SEED,)).parse_args()
+    args = parser(__doc__, "runs/clipart", (SEED,), processes=False).parse_args()
     rows: list[dict] = []
     for seed in args.seeds:
         for scenario in SCENARIOS:

@@ -8,12 +8,11 @@ of what is memorized against what is lost; pictures of one seed, where its runs 
 
 from __future__ import annotations
 
-import argparse
 import csv
 from pathlib import Path
 
 import numpy as np
-from common import RESULTS, ROOT, half_width, mean
+from common import ROOT, half_width, mean, parser, write_text
 
 NAMES = {
     "a": "(a) 20 duplicates shown 200 times, 2,000 others once",
@@ -219,7 +218,7 @@ def write(results: Path, work: Path) -> str:
                 parts += [*more, ""] if more else []
     parts += [*against_counting(table), *effects(table, results)]
     text = "\n".join(["Means over seeds ± half of the 95% interval. `python benchmarks/evidence.py` makes the rows.", "", *parts])
-    (results / "evidence.md").write_text(text)
+    write_text(results / "evidence.md", text)
     draw(table, results / "evidence.png")
     for scenario, _, _, seed in sorted(table.rows):
         if draw_pictures(table, work, results / "evidence_pictures.png", scenario, seed):
@@ -228,10 +227,7 @@ def write(results: Path, work: Path) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--work_dir", type=Path, default=Path("runs/clipart"), help="of benchmarks/evidence.py")
-    parser.add_argument("--out", type=Path, default=RESULTS, help="directory of the tables")
-    args = parser.parse_args()
+    args = parser(__doc__, "runs/clipart", processes=False).parse_args()
     print(write(args.out, args.work_dir))
 
 

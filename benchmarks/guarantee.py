@@ -15,16 +15,13 @@ cores, and parts that are there are kept.
 
 from __future__ import annotations
 
-import argparse
 import math
-import os
 import shutil
-import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
+from common import call, parser, share, write_text
+
 SEED = 7_000_000  # of the first part's scenes; the others follow
 PART, CALIBRATE, JUDGED = 100, 600, 2000
 LOOKS, RATES = (20, 200), (0.01, 0.02, 0.05)
@@ -35,19 +32,10 @@ def look(work: Path, part: int) -> Path:
     out, scenes = work / f"part{part:03d}.json", work / f"scenes{part:03d}"
     if not out.exists():
         shutil.rmtree(scenes, ignore_errors=True)
-        run = [sys.executable, "-m", "memfilter.cli"]
-        settings = [f"--data.path={scenes}", f"--train.seed={SEED + part}", "--train.batch_size=20"]
-        commands = (
-            [*run, "prepare", "scenes", scenes, f"--seed={SEED + part}", "--duplicates=1", "--repeats=1", f"--distinct={PART}"],
-            [*run, "calibrate", *settings, f"--out={out}", f"--keys={PART}", f"--looks={max(LOOKS)}"],
-        )
-        for command in commands:
-            done = subprocess.run(
-                [str(word) for word in command], cwd=ROOT, capture_output=True, text=True,
-                env=os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)},
-            )  # fmt: skip
-            if done.returncode:
-                raise SystemExit(done.stderr)
+        memfilter = (work / "log", "-m", "memfilter.cli")
+        call(*memfilter, "prepare", "scenes", scenes, f"--seed={SEED + part}", "--duplicates=1", "--repeats=1", f"--distinct={PART}")
+        call(*memfilter, "calibrate", f"--data.path={scenes}", f"--out={out}", f"--keys={PART}", f"--looks={max(LOOKS)}",
+             f"--train.seed={SEED + part}", "--train.batch_size=20")  # fmt: skip
         shutil.rmtree(scenes)
         print(f"part {part} is done", flush=True)
     return out
@@ -103,17 +91,12 @@ def follow(evidence, timesteps, signals, rows: int = 20) -> float:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--work_dir", type=Path, default=Path("runs/guarantee"))
-    parser.add_argument("--out", type=Path, default=ROOT / "docs" / "results", help="directory of the table")
-    parser.add_argument("--processes", type=int, default=os.cpu_count())
-    args = parser.parse_args()
-    args.work_dir.mkdir(parents=True, exist_ok=True)
-    with ThreadPoolExecutor(args.processes) as pool:
-        parts = list(pool.map(lambda part: look(args.work_dir.resolve(), part), range((CALIBRATE + JUDGED) // PART)))
+    args = parser(__doc__, "runs/guarantee").parse_args()
+    work = args.work_dir.resolve()
+    parts = share(args.processes, lambda part: look(work, part), range((CALIBRATE + JUDGED) // PART))
     lines, good = judge(parts)
     text = "\n".join([f"{JUDGED:,} clean keys judged, {CALIBRATE} others calibrated: `python benchmarks/guarantee.py`.", "", *lines])
-    (args.out / "guarantee.md").write_text(text + "\n")
+    write_text(args.out / "guarantee.md", text)
     print(text)
     return 0 if good else 1
 

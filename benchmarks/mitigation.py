@@ -18,7 +18,7 @@ import json
 from pathlib import Path
 
 import numpy as np
-from common import call, mean, parser, share, write_csv, write_json
+from common import call, mean, parser, share, write_csv, write_json, write_text
 from detection import GUIDANCE, RECIPE, SEEDS, STEPS, fine_tune, verified
 
 SETTINGS = [("none", 0.0)] + [("prompt", t) for t in (0.5, 1.0, 1.5, 2.0, 3.0)] + [("rta", n) for n in (1, 2, 4, 6, 8)]
@@ -104,8 +104,8 @@ def main() -> None:
     rows = [row for seed in args.seeds for row in json.loads((work / f"mitigation-{seed}.json").read_text())]
     rows.sort(key=lambda row: SETTINGS.index((row["method"], row["setting"])))
     write_csv(args.out / "mitigation.csv", COLUMNS, rows)
-    text = f"`python benchmarks/mitigation.py`: {len(args.seeds)} models. Means ± half of the 95% interval.\n\n{table(rows)}\n"
-    (args.out / "mitigation.md").write_text(text)
+    text = f"`python benchmarks/mitigation.py`: {len(args.seeds)} models. Means ± half of the 95% interval.\n\n{table(rows)}"
+    write_text(args.out / "mitigation.md", text)
     draw(rows, args.out / "mitigation.png")
     print(text)
 

@@ -14,12 +14,11 @@ code 1 if uniformity is rejected at 5%.
 
 from __future__ import annotations
 
-import argparse
 import shutil
 import sys
 from pathlib import Path
 
-from common import RESULTS, ROOT, call
+from common import ROOT, call, parser, write_text
 
 SEED, HELD_OUT = 8_000_000, 2000
 SAMPLES = 9000  # 20 x 200 + 5,000
@@ -114,15 +113,11 @@ def test(work: Path, checkpoints: list[Path]) -> tuple[list[str], bool]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--work_dir", type=Path, default=Path("runs/p_values"))
-    parser.add_argument("--out", type=Path, default=RESULTS, help="directory of the table")
-    args = parser.parse_args()
-    args.work_dir.mkdir(parents=True, exist_ok=True)
+    args = parser(__doc__, "runs/p_values", processes=False).parse_args()
     work = args.work_dir.resolve()
     lines, good = test(work, [moment for share in SHARES for moment in moments(train(work, share))])
     text = "\n".join([f"{HELD_OUT:,} held-out scenes at each moment: `python benchmarks/p_values.py`.", "", *lines])
-    (args.out / "p_values.md").write_text(text + "\n")
+    write_text(args.out / "p_values.md", text)
     print(text)
     return 0 if good else 1
 

@@ -27,7 +27,7 @@ from collections import Counter
 from pathlib import Path
 
 import numpy as np
-from common import call, parser, recipe, share, write_csv, write_json
+from common import call, parser, recipe, share, write_csv, write_json, write_text
 
 SEEDS = (411, 412, 413)  # nothing was chosen by looking at them
 DUPLICATES, KEYS, REPEATS, OTHERS, ALIKE = 20, 10, 50, 4000, 10
@@ -202,8 +202,8 @@ def main() -> None:
 
     rows = [row for of_seed in share(args.processes, make, args.seeds) for row in of_seed]
     write_csv(args.out / "significance.csv", COLUMNS, rows)
-    text = f"`python benchmarks/significance.py`: {len(args.seeds)} models. Means (95% interval).\n\n{table(rows)}\n"
-    (args.out / "significance.md").write_text(text)
+    text = f"`python benchmarks/significance.py`: {len(args.seeds)} models. Means (95% interval).\n\n{table(rows)}"
+    write_text(args.out / "significance.md", text)
     print(text)
 
 

@@ -11,13 +11,12 @@ fifth of the distinct samples; the rows of base say what a method would get that
 
 from __future__ import annotations
 
-import argparse
 import shutil
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
-from common import RESULTS, mean
+from common import mean, parser, write_text
 
 from memfilter.eval.sweep_report.data import BASE, DROPPED, NONE, ORACLE, read_results, settings_of
 
@@ -92,10 +91,9 @@ def comparisons(study: Study) -> list[str]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--sweep", type=Path, default=Path("runs/study"), help="directory of the sweep and its report")
-    parser.add_argument("--out", type=Path, default=RESULTS, help="directory of the tables")
-    args = parser.parse_args()
+    options = parser(__doc__, processes=False)
+    options.add_argument("--sweep", type=Path, default=Path("runs/study"), help="directory of the sweep and its report")
+    args = options.parse_args()
     results = read_results(args.sweep)
     study = Study(results)
     results[["method", "setting", "seed", *FIGURES]].round(4).to_csv(args.out / "study.csv", index=False)
@@ -103,7 +101,7 @@ def main() -> None:
         shutil.copy(figure, args.out / "study.png")
     text = "\n".join(["Means over seeds ± half of the 95% interval. `bash launch/study.sh && python benchmarks/study.py`", "",
                       *table(study), "", *comparisons(study)])  # fmt: skip
-    (args.out / "study.md").write_text(text + "\n")
+    write_text(args.out / "study.md", text)
     print(text)
 
 

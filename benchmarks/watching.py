@@ -10,14 +10,12 @@ differs or a median is above 1.02.
 
 from __future__ import annotations
 
-import argparse
 import sys
 import time
-from pathlib import Path
 
 import numpy as np
+from common import parser, write_text
 
-ROOT = Path(__file__).resolve().parent.parent
 SCHEDULERS = {"DDIM": "DDIMScheduler", "DPM-Solver++": "DPMSolverMultistepScheduler", "Euler": "EulerDiscreteScheduler"}
 LIMIT = 1.02
 STEPS = 10
@@ -56,10 +54,9 @@ def blocks(pipeline, count: int) -> tuple[np.ndarray, bool]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--blocks", type=int, default=60)
-    parser.add_argument("--out", type=Path, default=ROOT / "docs" / "results", help="directory of the table")
-    args = parser.parse_args()
+    options = parser(__doc__, processes=False)
+    options.add_argument("--blocks", type=int, default=60)
+    args = options.parse_args()
     import diffusers
     import torch
 
@@ -78,7 +75,7 @@ def main() -> int:
         lines.append(f"| {name} | {median:.4f} | {low:.4f} to {high:.4f} | {'the same' if same else 'DIFFER'} |")
         print(lines[-1], flush=True)
     text = "\n".join([f"{args.blocks} blocks, CPU time of one core: `python benchmarks/watching.py`.", "", *lines])
-    (args.out / "watching.md").write_text(text + "\n")
+    write_text(args.out / "watching.md", text)
     return 0 if good else 1
 
 
