@@ -96,6 +96,6 @@ def half_width(values: np.ndarray) -> float:
 
 
 def mean(values: Iterable[float], digits: int = 3) -> str:
-    """With half of its interval."""
+    """With half of its interval, which one value does not have."""
     values = np.array([float(value) for value in values])
-    return f"{values.mean():.{digits}f} ± {half_width(values):.{digits}f}"
+    return f"{values.mean():.{digits}f}" + (f" ± {half_width(values):.{digits}f}" if len(values) > 1 else "")

@@ -73,7 +73,7 @@ def claims(table: Table, scenario: str, own: tuple[str, str]) -> list[str]:
     allowed = table.of(scenario, own, "distinct_dropped").mean()
     others = {
         f"the best fixed tau at no more distinct samples dropped than its own {allowed:.3f}": allowed,
-        "the fixed tau that memorizes least, whatever it drops": 1.0,
+        "the fixed tau of these seeds that memorizes least, whatever it drops": 1.0,
     }
     against = {name: best_tau(table, scenario, seeds, limit) for name, limit in others.items()}
     against |= {f"{s[0]} {s[1]}": s for s in table.settings if s[0] in ("sightings", "timestep")}
@@ -217,7 +217,8 @@ def write(results: Path, work: Path) -> str:
             for more in (claims(table, scenario, EVIDENCE), claims(table, scenario, UNSAVED)):
                 parts += [*more, ""] if more else []
     parts += [*against_counting(table), *effects(table, results)]
-    text = "\n".join(["Means over seeds ± half of the 95% interval. `python benchmarks/evidence.py` makes the rows.", "", *parts])
+    text = "\n".join(["Means over seeds ± half of the 95% interval, of one seed without it. Evidence with savings is what configs/evidence.yaml "
+                      "does. `python benchmarks/evidence.py` makes the rows, and says what the columns are.", "", *parts])  # fmt: skip
     write_text(results / "evidence.md", text)
     draw(table, results / "evidence.png")
     for scenario, _, _, seed in sorted(table.rows):

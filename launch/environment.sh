@@ -9,4 +9,4 @@ if [ "$(cat "$venv/.installed" 2>/dev/null)" != "$wanted" ]; then
     echo "$wanted" > "$venv/.installed"
 fi
 PATH="$(cd "$venv" && pwd)/bin:$PATH"
-export PATH HF_HUB_OFFLINE=1 WANDB_MODE="${WANDB_MODE:-offline}"
+export PATH

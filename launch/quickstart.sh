@@ -4,6 +4,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source launch/environment.sh
+export HF_HUB_OFFLINE=1 # nothing is needed from there
 runs=runs/quickstart
 export OMP_NUM_THREADS=1 # one core for each of the two runs
 trap 'trap - TERM; kill 0' TERM

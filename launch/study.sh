@@ -3,6 +3,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source launch/environment.sh
+export HF_HUB_OFFLINE=1 # nothing is needed from there
 export OMP_NUM_THREADS=1 # one core for each run
 
 for seed in 311 312 313; do

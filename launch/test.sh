@@ -3,5 +3,6 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source launch/environment.sh
+export HF_HUB_OFFLINE=1 WANDB_MODE=offline
 bash launch/img2dataset.sh || echo "the tests that download pictures will be skipped" >&2
 python -m pytest --numprocesses 2 --dist loadfile "$@"
