@@ -170,6 +170,24 @@ def evaluate(
     end_processes()
 
 
+def require_evaluation(words: list[str]) -> None:
+    """Raises ValueError where `evaluate` would refuse these words whatever the run."""
+    from argparse import ArgumentError
+
+    from jsonargparse import ArgumentParser
+
+    from memfilter.eval.sscd import measure_named
+
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_argument("--config", action="config")
+    parser.add_function_arguments(evaluate, as_positional=True)
+    try:
+        asked = parser.parse_args(["run", *words])
+    except ArgumentError as error:
+        raise ValueError(f"--evaluate: {' '.join(str(error).split())}") from error
+    measure_named(asked.measure, Path(asked.sscd) if asked.sscd else None, asked.sscd_sha256)
+
+
 def sweep(file: str, out: str | None = None, evaluate: str = "", processes: int = 1) -> None:
     """Make and evaluate the runs of a W&B sweep file here, without a server, and write their table.
 
@@ -186,6 +204,9 @@ def sweep(file: str, out: str | None = None, evaluate: str = "", processes: int 
 
     from memfilter.sweep import Sweep, read_sweep
 
+    if processes < 1:
+        raise ValueError(f"processes must be at least 1, found {processes}")
+    require_evaluation(shlex.split(evaluate))
     points = read_sweep(Path(file))
     place = Path(out) if out else Path("runs", "sweeps", Path(file).stem)
     Sweep(points, place, shlex.split(evaluate), processes).run()

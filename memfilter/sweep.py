@@ -14,12 +14,14 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 
+import psutil
 import yaml
 from tqdm import tqdm
 
@@ -234,6 +236,7 @@ class _Children:
 
     def __init__(self):
         self._running: set[subprocess.Popen] = set()
+        self._told: list[psutil.Process] = []
         self._lock, self._stopped = threading.Lock(), False
 
     def call(self, command: list[str], log: Path) -> int:
@@ -244,7 +247,13 @@ class _Children:
             with self._lock:
                 if self._stopped:
                     return 1
-                child = subprocess.Popen(command, stdout=file, stderr=file, start_new_session=True)
+                # torchrun would kill what has not written its checkpoint in 30 seconds
+                environment = {"TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "300"} | os.environ
+                try:
+                    child = subprocess.Popen(command, stdout=file, stderr=file, start_new_session=True, env=environment)
+                except OSError as error:
+                    file.write(f"{error}\n".encode())
+                    return 127
                 self._running.add(child)
             try:
                 return child.wait()
@@ -257,22 +266,37 @@ class _Children:
         with self._lock:
             self._stopped = True
             for child in self._running:
-                with suppress(ProcessLookupError):  # it has just ended
+                with suppress(ProcessLookupError, psutil.NoSuchProcess):  # it has just ended
+                    self._told += psutil.Process(child.pid).children(recursive=True)
                     os.killpg(child.pid, signal.SIGTERM)
+
+    def wait(self) -> None:
+        """Until those that were told to end have: accelerate's launcher ends at once, and the run is making its checkpoint."""
+        while any(map(_lives, self._told)):
+            time.sleep(0.1)
+
+
+def _lives(process: psutil.Process) -> bool:
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
 
 
 @contextmanager
 def _children() -> Iterator[_Children]:
-    """SIGTERM and Ctrl-C end the children too."""
+    """SIGTERM, SIGHUP (the terminal was closed) and Ctrl-C end the children too; what is ignored, as by nohup, stays so."""
     children = _Children()
 
     def on_signal(number, frame):
         children.stop()
         raise KeyboardInterrupt
 
-    before = {number: signal.signal(number, on_signal) for number in (signal.SIGTERM, signal.SIGINT)}
+    heard = [n for n in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP) if signal.getsignal(n) != signal.SIG_IGN]
+    before = {number: signal.signal(number, on_signal) for number in heard}
     try:
         yield children
     finally:
+        children.wait()
         for number, handler in before.items():
             signal.signal(number, handler)

@@ -1,6 +1,10 @@
+import os
+import subprocess
+import sys
+
 import pytest
 
-from memfilter.files import atomic
+from memfilter.files import atomic, hold
 
 
 def test_file_is_replaced_whole_or_not_at_all(tmp_path):
@@ -16,3 +20,19 @@ def test_file_is_replaced_whole_or_not_at_all(tmp_path):
         assert path.read_text() == "old"
     assert path.read_text() == "new"
     assert [entry.name for entry in tmp_path.iterdir()] == ["a.txt"]
+
+
+def test_file_is_held_by_one_process_until_it_ends_whatever_it_has_forked(tmp_path):
+    script = "import os, sys, time; from pathlib import Path; from memfilter.files import hold; file = hold(Path(sys.argv[1])); "
+    script += "os.fork() and print('held', flush=True); time.sleep(60)"
+    other = subprocess.Popen([sys.executable, "-c", script, tmp_path / "lock"], stdout=subprocess.PIPE, start_new_session=True)
+    try:
+        assert other.stdout.readline() == b"held\n"
+        with pytest.raises(BlockingIOError, match="lock is held by another process"):
+            hold(tmp_path / "lock")
+        other.kill()
+        other.wait()
+        with hold(tmp_path / "lock"):
+            pass
+    finally:
+        os.killpg(other.pid, 9)

@@ -26,7 +26,7 @@ from memfilter.data.encode import Encoder
 from memfilter.data.feed import Feed
 from memfilter.data.sampler import collate
 from memfilter.data.sources import make_dataset, open_data
-from memfilter.files import atomic, is_full
+from memfilter.files import atomic, hold, is_full
 from memfilter.filter import EmptySteps
 from memfilter.pipelines import ModelError
 from memfilter.train.checkpoint import CheckpointError, Checkpoints, require_same
@@ -164,7 +164,7 @@ class Trainer:
             mininterval=1,
         )
         exit_code = 1
-        with Interruption(self.accelerator.device).heard() as interruption:  # until all files are closed
+        with self._held, Interruption(self.accelerator.device).heard() as interruption:  # until all files are closed
             try:
                 self._train(validation, bar, interruption)
                 summary = self._finish()
@@ -329,8 +329,13 @@ class Trainer:
 
     def _open_files(self) -> None:
         config, run_dir = self.config, self.run_dir
+        self._held = nullcontext()
         if self.main:
             run_dir.mkdir(parents=True, exist_ok=True)
+            try:
+                self._held = hold(run_dir / ".lock")
+            except BlockingIOError as error:
+                raise ConfigError(f"run_dir: another process is at work in {run_dir}") from error
             with atomic(run_dir / "config.yaml") as partial:
                 partial.write_text(yaml.safe_dump(asdict(config), sort_keys=False), encoding="utf-8")
             self.tracker = Tracker(run_dir, config.log, asdict(config), self.seen, self.wandb_id)

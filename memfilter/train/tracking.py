@@ -210,6 +210,9 @@ def require_wandb(config: LogConfig) -> None:
     """Raises ConfigError where W&B is wanted online and nobody is logged in."""
     os.environ["WANDB_MODE"] = config.wandb  # an environment that says otherwise would win over a login
     if config.wandb != "online":
+        if os.environ.get("WANDB_SWEEP_ID"):
+            log.warning("W&B's agent has started this run, and its server hears nothing of it with log.wandb=%s: add "
+                        "--log.wandb=online to the sweep's command", config.wandb)  # fmt: skip
         return
     import wandb
 

@@ -2,6 +2,8 @@
 
 import copy
 import json
+import subprocess
+import sys
 
 import pyarrow.parquet as pq
 import pytest
@@ -129,3 +131,23 @@ def test_all_settings_out_of_range_are_named_at_once(scenes_dir):
     with pytest.raises(ConfigError) as error:
         loop.train(config)
     assert all(name in str(error.value) for name in ("train.samples", "data.caption_dropout", "filter.tau"))
+
+
+def test_run_at_which_another_process_is_at_work_is_refused(tmp_path, scenes_dir):
+    script = "import sys; from pathlib import Path; from memfilter.files import hold; file = hold(Path(sys.argv[1])); "
+    script += "print(flush=True); sys.stdin.read()"
+    (tmp_path / "run").mkdir()
+    other = subprocess.Popen(
+        [sys.executable, "-c", script, tmp_path / "run" / ".lock"], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    )
+    config = Config(run_dir=str(tmp_path / "run"), data=DataConfig(path=str(scenes_dir)))
+    config.checkpoint.resume = True
+    config.train.samples = 0
+    try:
+        other.stdout.readline()
+        with pytest.raises(ConfigError, match="run_dir: another process is at work in .*run"):
+            loop.train(config, progress=False)
+        assert [path.name for path in (tmp_path / "run").iterdir()] == [".lock"]
+    finally:
+        other.communicate()
+    loop.train(config, progress=False)
