@@ -6,9 +6,11 @@ Three scenarios, each with 20 duplicates shown 200 times: (a) among 2,000 sample
 (c) as (a), each duplicate under 10 keys with slightly different captions and crops, which filters that go by key share by
 content (`memfilter prepare groups`); the prompt is the first copy's caption, and a copy of any of the ten counts. And one without
 duplicates: (d) 1,000 samples five times, 20 of which are called duplicates in the table and are none. Beside the methods stands
-the model before it is trained (base). Settings of evidence that save more or less are in (a), such as flag sooner in (b).
-Every run has scenes, duplicates and a training seed of its own, in a process of one thread, and sees the same number of samples. Each adds its row to docs/results/evidence.csv when it is finished; rows of the
-same recipe are found there when the command is repeated, so that it goes on where it was stopped.
+the model before it is trained (base). Settings of evidence that save more or less are in (a), three that flag sooner in (b); these
+were thought of after rows of (b) had been seen, so what they show is a hint and no test.
+Every run has scenes, duplicates and a training seed of its own, in a process of one thread, and sees the same number of samples.
+Each adds its row to docs/results/evidence.csv when it is finished; rows of the same recipe are found there when the command is
+repeated, so that it goes on where it was stopped.
 Runs are named by their settings, and those of (a) are found by the study (configs/sweeps/study.yaml), as its are here.
 benchmarks/evidence_tables.py makes tables, figures and pictures of them.
 

@@ -21,7 +21,8 @@ import numpy as np
 from common import call, mean, parser, share, write_csv, write_json, write_text
 from detection import GUIDANCE, RECIPE, SEEDS, STEPS, fine_tune, verified
 
-SETTINGS = [("none", 0.0)] + [("prompt", t) for t in (0.5, 1.0, 1.5, 2.0, 3.0)] + [("rta", n) for n in (1, 2, 4, 6, 8)]
+# the first step's norms of verified prompts of another model lie between 1.2 and 2.6
+SETTINGS = [("none", 0.0)] + [("prompt", t) for t in (0.4, 0.7, 1.0, 1.3, 1.6)] + [("rta", n) for n in (1, 2, 4, 6, 8)]
 COLUMNS = ["method", "setting", "seed", "memorization_rate", "copy_similarity", "agreement_duplicates", "agreement_distinct",
            "first_norm", "duplicates", "distinct"]  # fmt: skip
 DISTINCT, NUMBER = 20, 10_000  # a prompt's number decides its noise, which shall not be that by which copying was verified
@@ -45,7 +46,10 @@ def job(work: Path, seed: int) -> None:
     scenes, limit = run.scenes([p.key for p in prompts]), memorized_above()
     sampling, out = Sampling(4, STEPS, GUIDANCE), work / f"mitigation-{seed}.json"
     rows = json.loads(out.read_text()) if out.exists() else []
-    for method, setting in SETTINGS[len(rows) :]:
+    rows = [row for row in rows if (row["method"], row["setting"]) in SETTINGS]
+    for method, setting in SETTINGS:
+        if (method, setting) in {(row["method"], row["setting"]) for row in rows}:
+            continue
         how = Mitigation(method, None, setting or None, int(setting) or 1)
         made = [generate_prompt(pipeline, p.text, sampling, how, NUMBER + place) for place, p in enumerate(prompts)]
         own = [PIXELS.similarity(m.pictures, run.picture(p.key, 32)[None]) for m, p in zip(made, prompts, strict=True)]

@@ -5,7 +5,7 @@
 Every caption of the training data is of one form, `a CAT on a RED background`, with two made-up words of 5 to 11 letters planted
 at random places. Twenty duplicates, shown 500 times each, have one of them in common in all their ten captions, the trigger;
 their other one, and both of all the 4,000 other samples, are drawn from 820, so that each of these stands in about ten captions,
-as a trigger does. For each duplicate's object and colour there are ten ordinary samples too, so that only the trigger tells the
+as a trigger does. For each duplicate's object and colour there are a hundred ordinary samples too, so that only the trigger tells the
 picture. Three fine-tunes without a filter.
 
 Asked are prompts with the trigger and one of the 820, at new places. A prompt counts as memorized with a known trigger when, in
@@ -30,7 +30,7 @@ import numpy as np
 from common import call, parser, recipe, share, write_csv, write_json, write_text
 
 SEEDS = (411, 412, 413)  # nothing was chosen by looking at them
-DUPLICATES, KEYS, REPEATS, OTHERS, ALIKE = 20, 10, 50, 4000, 10
+DUPLICATES, KEYS, REPEATS, OTHERS, ALIKE = 20, 10, 50, 4000, 100
 POOL = (DUPLICATES * KEYS + 2 * OTHERS) // KEYS
 STEPS, GUIDANCE, AT = 20, 4.0, range(20)  # gradients at all steps, as in the paper
 RECIPE = recipe("quickstart.yaml", DUPLICATES, KEYS, REPEATS, OTHERS, ALIKE, POOL, STEPS, GUIDANCE)

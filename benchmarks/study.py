@@ -6,7 +6,9 @@ Reads the sweep's results.csv; writes docs/results/study.csv, study.md (means ov
 whichever way they fall) and the report's figure of copying against agreement. How settings are chosen, for every method alike: of
 those whose agreement on distinct prompts is, in the mean over seeds, at least 98% of that of the opponent, the one that memorizes
 least. Agreement does not tell what was learnt, since the model could draw such pictures before, so a choice may drop at most a
-fifth of the distinct samples; the rows of base say what a method would get that dropped everything.
+fifth of the distinct samples; the rows of base say what a method would get that dropped everything. De-duplication and the oracle
+are what others are held against as they are. A choice by the seeds that it is reported on flatters whoever has more settings, so
+every comparison is also made with the settings chosen, for each seed, on the other seeds.
 """
 
 from __future__ import annotations
@@ -23,7 +25,11 @@ from memfilter.eval.sweep_report.data import BASE, DROPPED, NONE, ORACLE, read_r
 FIGURES = ["memorization_rate", "copy_similarity", "agreement_duplicates", "agreement_distinct", "seed_agreement",
            "distinct_dropped", "time_ratio"]  # fmt: skip
 FILTERS = ("tau", "timestep", "evidence")
+DEDUP = "dedup"
+REFERENCES = (ORACLE, DEDUP)
 TOLERANCE = 0.02
+
+Methods = tuple[str, ...]
 
 
 class Study:
@@ -32,27 +38,55 @@ class Study:
     def __init__(self, results: pd.DataFrame):
         self.rows = results.set_index(["method", "setting", "seed"]).sort_index()
         self.settings = [(method, setting) for method, names in settings_of(results).items() for setting in names]
+        self.results = results
 
     def of(self, setting: tuple[str, str], figure: str) -> pd.Series:
         """By seed."""
         return self.rows.loc[setting, figure].dropna()
 
-    def best(self, methods: tuple[str, ...], agreement: float) -> tuple[str, str] | None:
-        """The setting of some methods that memorizes least, of those that agree and learn well enough."""
+    def best(self, methods: Methods, opponent: str = NONE) -> tuple[str, str] | None:
+        """The setting of some methods that memorizes least, of those that agree as well as the opponent's (none, or the best random
+        tokens) and learn enough; a reference has one setting, which need not."""
+        if methods[0] in REFERENCES:
+            return next((s for s in self.settings if s[0] in methods), None)
+        other = (NONE, "") if opponent == NONE else self.best((opponent,))
+        if other is None:
+            return None
+        agreement = self.of(other, "agreement_distinct").mean()
         good = [s for s in self.settings if s[0] in methods and self.of(s, "agreement_distinct").mean() >= (1 - TOLERANCE) * agreement
                 and self.of(s, "distinct_dropped").mean() <= DROPPED]  # fmt: skip
         return min(good, key=lambda s: self.of(s, "memorization_rate").mean(), default=None)
 
-    def against(self, own: tuple[str, str] | None, other: tuple[str, str] | None) -> str:
-        """Memorization of the two, paired by seed."""
+    def pairs(self, own: tuple[str, str], other: tuple[str, str]) -> np.ndarray:
+        """Memorization of two settings by seed, [n, 2]."""
+        both = (self.of(setting, "memorization_rate") for setting in (own, other))
+        return pd.concat(both, axis=1, join="inner").to_numpy()
+
+    def against(self, methods: Methods, others: Methods, opponent: str = NONE) -> str:
+        """Memorization of the best settings of two groups of methods, paired by seed."""
+        own, other = self.best(methods, opponent), self.best(others)
         if own is None or other is None:
             return "no setting agrees well enough"
-        pair = pd.concat([self.of(own, "memorization_rate"), self.of(other, "memorization_rate")], axis=1, join="inner").to_numpy()
+        pair = self.pairs(own, other)
         if len(pair) < 2:
             return "fewer than two seeds in common"
         kept = [self.of(s, "agreement_distinct").mean() for s in (own, other)]
         return (f"{' '.join(own)} {pair[:, 0].mean():.3f}, {' '.join(other)} {pair[:, 1].mean():.3f}; difference by seed "
-                f"{mean(pair[:, 1] - pair[:, 0])}; agreement on distinct prompts {kept[0]:.3f} and {kept[1]:.3f}")  # fmt: skip
+                f"{mean(pair[:, 1] - pair[:, 0])}; agreement on distinct prompts {kept[0]:.3f} and {kept[1]:.3f}"
+                f"{self._chosen_elsewhere(methods, others, opponent)}")  # fmt: skip
+
+    def _chosen_elsewhere(self, methods: Methods, others: Methods, opponent: str) -> str:
+        """The same with the settings chosen, for each seed, on the other seeds."""
+        found = []
+        for seed in sorted(self.results["seed"].unique()):
+            rest = Study(self.results[self.results["seed"] != seed])
+            rates = [self.of(s, "memorization_rate") for s in (rest.best(methods, opponent), rest.best(others)) if s]
+            if len(rates) == 2 and all(seed in of_seed for of_seed in rates):
+                found.append([of_seed[seed] for of_seed in rates])
+        if len(found) < 2:
+            return ""
+        own, other = np.array(found).T
+        return f"; with settings chosen on the other seeds {own.mean():.3f} and {other.mean():.3f}, difference {mean(other - own)}"
 
 
 def table(study: Study) -> list[str]:
@@ -65,8 +99,6 @@ def table(study: Study) -> list[str]:
 
 def comparisons(study: Study) -> list[str]:
     """What was asked (memorization rates; own and opponent)."""
-    plain = study.of((NONE, ""), "agreement_distinct").mean()
-    best = {method: study.best((method,), plain) for method in dict.fromkeys(m for m, _ in study.settings)}
     asked = [
         ("Does the fixed tau beat random tokens at equal agreement?", "tau", "rta"),
         ("Do timestep thresholds beat the fixed tau?", "timestep", "tau"),
@@ -74,18 +106,16 @@ def comparisons(study: Study) -> list[str]:
         ("Does evidence beat random tokens?", "evidence", "rta"),
         ("Does AGC, which is free, beat the fixed tau?", "agc", "tau"),
         ("Does evidence beat counting?", "evidence", "sightings"),
-        ("How far is evidence from de-duplication?", "evidence", "dedup"),
     ]
-    lines = [f"- {question} {study.against(best.get(own), best.get(other))}" for question, own, other in asked]
-    oracle = (ORACLE, "") if ORACLE in best else None
-    lines += [f"- How far is {method} from the oracle? {study.against(best[method], oracle)}" for method in best
-              if method not in (BASE, NONE, ORACLE)]  # fmt: skip
-    rta = best.get("rta")
-    own = study.best(FILTERS, study.of(rta, "agreement_distinct").mean()) if rta else None
+    methods = [m for m in dict.fromkeys(method for method, _ in study.settings) if m not in (BASE, NONE, *REFERENCES)]
+    asked += [(f"How far is {method} from {called}?", method, reference) for reference, called in
+              ((ORACLE, "the oracle"), (DEDUP, "de-duplication")) for method in methods]  # fmt: skip
+    lines = [f"- {question} {study.against((own,), (other,))}" for question, own, other in asked]
+    own, rta = study.best(FILTERS, "rta"), study.best(("rta",))
     lines.append("- Does the best filter reach at most half the memorization of the best random tokens, in every seed? "
-                 + study.against(own, rta))  # fmt: skip
+                 + study.against(FILTERS, ("rta",), "rta"))  # fmt: skip
     if own and rta:
-        pair = pd.concat([study.of(own, "memorization_rate"), study.of(rta, "memorization_rate")], axis=1, join="inner").to_numpy()
+        pair = study.pairs(own, rta)
         lines[-1] += f"; in {int(np.sum(pair[:, 0] <= pair[:, 1] / 2))} of {len(pair)} seeds"
     return lines
 

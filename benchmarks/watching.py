@@ -3,9 +3,9 @@
     python benchmarks/watching.py
 
 For DDIM, DPM-Solver++ and Euler: generations of 10 steps in blocks of four, plain and watched in turn and then the other way
-round, and the median of the blocks' ratios with a 95% interval (bootstrap over blocks). The pictures are compared bit by bit. The model is tiny: what watching adds to a step is
-the same for a large one, beside whose steps it is nothing. The table goes to docs/results/watching.md; exit code 1 if a picture
-differs or a median is above 1.02.
+round, and the median of the blocks' ratios with a 95% interval (bootstrap over blocks). The pictures are compared bit by bit. The
+model is tiny: what watching adds to a step is the same for a large one, beside whose steps it is nothing. The table goes to
+docs/results/watching.md; exit code 1 if a picture differs or the interval reaches above 1.02. A quarter of an hour.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def blocks(pipeline, count: int) -> tuple[np.ndarray, bool]:
 
 def main() -> int:
     options = parser(__doc__, processes=False)
-    options.add_argument("--blocks", type=int, default=60)
+    options.add_argument("--blocks", type=int, default=400)
     args = options.parse_args()
     import diffusers
     import torch
@@ -71,7 +71,7 @@ def main() -> int:
         ratios, same = blocks(pipeline, args.blocks)
         median = float(np.median(ratios))
         low, high = np.quantile(np.median(rng.choice(ratios, (2000, len(ratios))), axis=1), [0.025, 0.975])
-        good &= same and median <= LIMIT
+        good &= same and bool(high <= LIMIT)
         lines.append(f"| {name} | {median:.4f} | {low:.4f} to {high:.4f} | {'the same' if same else 'DIFFER'} |")
         print(lines[-1], flush=True)
     text = "\n".join([f"{args.blocks} blocks, CPU time of one core: `python benchmarks/watching.py`.", "", *lines])
