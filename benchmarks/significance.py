@@ -5,8 +5,8 @@
 Every caption of the training data is of one form, `a CAT on a RED background`, with two made-up words of 5 to 11 letters planted
 at random places. Twenty duplicates, shown 500 times each, have one of them in common in all their ten captions, the trigger;
 their other one, and both of all the 4,000 other samples, are drawn from 820, so that each of these stands in about ten captions,
-as a trigger does. For each duplicate's object and colour there are a hundred ordinary samples too, so that only the trigger tells the
-picture. Three fine-tunes without a filter.
+as a trigger does. For each duplicate's object and colour there are a hundred ordinary samples too, so that only the trigger
+tells the picture. Three fine-tunes without a filter.
 
 Asked are prompts with the trigger and one of the 820, at new places. A prompt counts as memorized with a known trigger when, in
 four generations, it is copied (more like the training picture than 99.9% of different pictures of one caption are to each other,
