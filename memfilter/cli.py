@@ -176,6 +176,7 @@ def require_evaluation(words: list[str]) -> None:
 
     from jsonargparse import ArgumentParser
 
+    from memfilter.eval.evaluate import require_sensible
     from memfilter.eval.sscd import measure_named
 
     parser = ArgumentParser(exit_on_error=False)
@@ -185,6 +186,8 @@ def require_evaluation(words: list[str]) -> None:
         asked = parser.parse_args(["run", *words])
     except ArgumentError as error:
         raise ValueError(f"--evaluate: {' '.join(str(error).split())}") from error
+    names = ("distinct", "seeds", "steps", "near_copies", "batch_size", "clip", "frechet")
+    require_sensible(**{name: asked[name] for name in names})
     measure_named(asked.measure, Path(asked.sscd) if asked.sscd else None, asked.sscd_sha256)
 
 

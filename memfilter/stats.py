@@ -153,6 +153,7 @@ def _metrics(sums: Tensor) -> dict[str, float]:
     if passes:
         metrics["filter/pass_share"] = (passes / seen).item()  # null passes for each sample of the stream
     for i, group in enumerate(GROUPS[1:], start=1):
+        counts(f"_{group}", sums[:, i].sum(1))
         rates(f"_{group}", sums[:, i].sum(1))
     for b in range(sums.shape[2]):
         counts(f"/bin{b}", sums[:, :, b].sum(1))

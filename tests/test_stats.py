@@ -30,6 +30,12 @@ def add(stats: FilterStats, rows: list[tuple]) -> None:
 def recount(rows: list[tuple], bins: int = 10, num_train_timesteps: int = 1000) -> dict[str, float]:
     expected = {"filter/empty_steps": 0}
 
+    def count(suffix, part):
+        expected[f"filter/seen{suffix}"] = len(part)
+        expected[f"filter/checked{suffix}"] = sum(row[3] for row in part)
+        expected[f"filter/dropped{suffix}"] = sum(row[3] and not row[2] for row in part)
+        expected[f"filter/excluded{suffix}"] = sum(row[5] for row in part)
+
     def put(suffix, part):
         part = [row for row in part if row[3]]
         if part:
@@ -39,13 +45,13 @@ def recount(rows: list[tuple], bins: int = 10, num_train_timesteps: int = 1000) 
     for b in [None, *range(bins)]:
         where = "" if b is None else f"/bin{b}"
         inside = [row for row in rows if b is None or row[0] // (num_train_timesteps // bins) == b]
-        expected[f"filter/seen{where}"] = len(inside)
-        expected[f"filter/checked{where}"] = sum(row[3] for row in inside)
-        expected[f"filter/dropped{where}"] = sum(row[3] and not row[2] for row in inside)
-        expected[f"filter/excluded{where}"] = sum(row[5] for row in inside)
+        count(where, inside)
         put(where, inside)
         for group in (1, 2):
-            put(f"{GROUP_SUFFIX[group]}{where}", [row for row in inside if row[4] == group])
+            members = [row for row in inside if row[4] == group]
+            put(f"{GROUP_SUFFIX[group]}{where}", members)
+            if b is None:
+                count(GROUP_SUFFIX[group], members)
     if expected["filter/checked"]:
         expected["filter/pass_share"] = expected["filter/checked"] / len(rows)
     return expected

@@ -312,6 +312,7 @@ def test_what_cannot_be_started_fails_its_run_alone(tmp_path):
     [
         (["--evaluate=--distnct=40"], "--evaluate: "),
         (["--evaluate=--measure=wen"], "measure wen needs sscd"),
+        (["--evaluate=--seeds=1"], "seeds must be at least 2"),
         (["--processes=0"], "processes must be at least 1"),
     ],
 )

@@ -7,10 +7,11 @@ import plotly.graph_objects as go
 from markupsafe import Markup
 
 GROUPS = ("duplicates", "distinct")
+KINDS = {"duplicates": True, "distinct": False, "unknown": None}  # what the audit and evaluations say of each
 BIN = 100  # timesteps
 # both read well on white and on black, and the colour-blind tell them apart
-COLOURS = {"duplicates": "#e8590c", "distinct": "#3b8ad9"}
-SYMBOLS = {"duplicates": "circle", "distinct": "diamond"}
+COLOURS = {"duplicates": "#e8590c", "distinct": "#3b8ad9", "unknown": "#868e96"}
+SYMBOLS = {"duplicates": "circle", "distinct": "diamond", "unknown": "square"}
 
 
 def by_timestep(audit: dict[str, np.ndarray], samples: int) -> dict[str, list[tuple[int, float, float, float, int]]]:
@@ -19,8 +20,8 @@ def by_timestep(audit: dict[str, np.ndarray], samples: int) -> dict[str, list[tu
     duplicate, norm = audit["duplicate"][late], audit["text_norm"][late]
     bins = audit["timestep"][late] // BIN
     panel = {}
-    for group in GROUPS:
-        inside = duplicate == (group == "duplicates")
+    for group, known in KINDS.items():
+        inside = duplicate == known
         rows = [(int(b), *np.quantile(norm[inside & (bins == b)], (0.1, 0.5, 0.9)).tolist(),
                  int((inside & (bins == b)).sum())) for b in np.unique(bins[inside])]  # fmt: skip
         if rows:
@@ -60,12 +61,15 @@ def norm_chart(panel: dict, tau: float | None, top: float, unit: str) -> go.Figu
 
 
 def drop_rate_chart(metrics: list[dict]) -> go.Figure:
-    """Drop rate of each group over the samples seen."""
+    """Drop rate of each group over the samples seen; that of all samples where no group is known."""
     figure = blank("samples seen", "drop rate")
-    for group in GROUPS:
+    names = {group: f"filter/drop_rate_{group}" for group in GROUPS}
+    if not any(name in line for line in metrics for name in names.values()):
+        names = {"unknown": "filter/drop_rate"}
+    for group, name in names.items():
         figure.add_scatter(
             x=[line["samples"] for line in metrics],
-            y=[line.get(f"filter/drop_rate_{group}") for line in metrics],
+            y=[line.get(name) for line in metrics],
             name=group,
             hovertemplate="%{y:.1%} up to sample %{x:,}",
             **_line(group),

@@ -28,9 +28,7 @@ class Clip:
     def __init__(self, source: str, device: torch.device | str = "cpu"):
         from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer, CLIPModel
 
-        if not (hub := is_hub_id(source)) and not Path(source).is_dir():
-            raise ValueError(f"clip: {source} is no directory, nor does it look like a hub id")
-        where = {"local_files_only": not hub}
+        where = {"local_files_only": not is_on_hub(source)}
         try:
             if (kind := AutoConfig.from_pretrained(source, **where).model_type) != "clip":
                 raise ValueError(f"it is a {kind}")
@@ -69,6 +67,13 @@ class Clip:
         """100 max(cos, 0) of each picture with its text: uint8 [N, H, W, 3], N texts -> float32 [N] in [0, 100]."""
         images, captions = (torch.from_numpy(x) for x in (self.image_features(pictures), self.text_features(texts)))
         return 100 * F.cosine_similarity(images, captions).clamp(min=0).numpy()
+
+
+def is_on_hub(source: str) -> bool:
+    """Whether a CLIP is named by a hub id; ValueError where it is no directory either."""
+    if not (hub := is_hub_id(source)) and not Path(source).is_dir():
+        raise ValueError(f"clip: {source} is no directory, nor does it look like a hub id")
+    return hub
 
 
 def _in_batches(features, rows, batch_size: int) -> np.ndarray:

@@ -13,7 +13,7 @@ import numpy as np
 from memfilter.data import scenes
 from memfilter.eval.agreement import scorer_features
 from memfilter.eval.classifier import judge
-from memfilter.eval.clip import Clip
+from memfilter.eval.clip import Clip, is_on_hub
 from memfilter.eval.copies import PIXELS, Measure
 from memfilter.eval.frechet import distances
 from memfilter.eval.generate import batches, generate_batch
@@ -74,21 +74,24 @@ def evaluate_run(
         What is in ``evaluation.json``.
 
     Raises:
-        ValueError: the run is not finished or its pictures cannot be had, there is one seed only, or something that is
-            asked for is not there.
+        ValueError: a number is too small, see `require_sensible`; the run is not finished or its pictures cannot be had;
+            or something that is asked for is not there.
     """
-    if seeds < 2:
-        raise ValueError(f"seeds must be at least 2, found {seeds}: a prompt's generations are compared to each other")
-    if min(steps, batch_size) < 1:
-        raise ValueError(f"steps and batch_size must be at least 1, found {steps} and {batch_size}")
+    require_sensible(
+        distinct=distinct,
+        seeds=seeds,
+        steps=steps,
+        near_copies=near_copies,
+        batch_size=batch_size,
+        clip=clip,
+        frechet=frechet,
+    )
     run_dir, state = Path(run_dir), processes()
     run = FinishedRun(run_dir)
     asked = run.read_prompts(prompts) if prompts else run.prompts(distinct, near_copies)
     if not asked:
         raise ValueError(f"{run_dir} has no duplicates and distinct is {distinct}: there is nothing to generate")
     if frechet:
-        if frechet == "clip" and not clip:
-            raise ValueError("frechet=clip needs clip: name a CLIP")
         if frechet == "scorer" and not run.of_scenes:
             raise ValueError("frechet=scorer needs a run on clipart scenes: use clip or measure")
         if all(prompt.kind == DUPLICATES for prompt in asked) or not len(run.distinct_rows()):
@@ -122,6 +125,27 @@ def evaluate_run(
         _write(run_dir, result, generations, _training(run, asked, generations.shape[2]), fingerprint(settings))
     state.wait_for_everyone()
     return json.loads((run_dir / EVALUATION).read_text(encoding="utf-8"))
+
+
+def require_sensible(
+    *, distinct: int, seeds: int, steps: int, near_copies: int, batch_size: int, clip: str | None, frechet: str | None
+) -> None:
+    """What can be said of the arguments of `evaluate_run` before there is a run.
+
+    Raises:
+        ValueError: there are fewer than two seeds, fewer than one step, picture at a time or near copy, or less than no
+            distinct samples; there is no such CLIP; or none for frechet=clip.
+    """
+    if seeds < 2:
+        raise ValueError(f"seeds must be at least 2, found {seeds}: a prompt's generations are compared to each other")
+    for name, value, least in (("distinct", distinct, 0), ("steps", steps, 1), ("near_copies", near_copies, 1),
+                               ("batch_size", batch_size, 1)):  # fmt: skip
+        if value < least:
+            raise ValueError(f"{name} must be at least {least}, found {value}")
+    if clip:
+        is_on_hub(clip)
+    if frechet == "clip" and not clip:
+        raise ValueError("frechet=clip needs clip: name a CLIP")
 
 
 def _generations(run: FinishedRun, settings: dict, state, progress: bool) -> np.ndarray:

@@ -88,11 +88,12 @@ def _own_similarity(run: FinishedRun, asked: list[Prompt], generations: np.ndarr
 def _columns(
     run: FinishedRun, asked: list[Prompt], generations: np.ndarray, clip: Clip | None
 ) -> dict[str, np.ndarray]:
-    """Agreement of picture and caption: by the scenes' own scorer, where all prompts are theirs, and by CLIP."""
+    """Agreement of picture and caption: by the scenes' own scorer, where all prompts are their captions, and by CLIP."""
     (count, seeds), columns = generations.shape[:2], {}
     flat = generations.reshape(-1, *generations.shape[2:])
-    wanted = run.scenes([prompt.key for prompt in asked])
-    if wanted and generations.shape[2] == scenes.RESOLUTION:
+    wanted = run.scenes([prompt.key for prompt in asked]) or []
+    captions = [scene.caption for scene in wanted]
+    if captions == [prompt.text for prompt in asked] and generations.shape[2] == scenes.RESOLUTION:
         columns["agreement"] = agreement(flat, [scene for scene in wanted for _ in range(seeds)]).reshape(count, seeds)
     if clip:
         texts = [prompt.text for prompt in asked for _ in range(seeds)]

@@ -14,7 +14,8 @@ from markupsafe import Markup
 from PIL import Image
 from plotly.offline import get_plotlyjs
 
-from memfilter.eval.charts import GROUPS, as_html, by_timestep, drop_rate_chart, norm_chart
+from memfilter.data.shards import printable
+from memfilter.eval.charts import GROUPS, KINDS, as_html, by_timestep, drop_rate_chart, norm_chart
 from memfilter.files import atomic
 from memfilter.pictures import data_url
 
@@ -31,6 +32,10 @@ FIGURES = {
         "Agreement of picture and caption",
         "Mean probability that a generation shows the object and exactly the background colours of its caption, "
         "by a small scorer of this project. It is not a CLIP score.",
+    ),
+    "clip_score": (
+        "CLIP score",
+        "Mean over generations of 100 times the cosine, at least 0, between picture and caption, by the CLIP {clip}.",
     ),
     "seed_agreement": (
         "Seed agreement",
@@ -132,6 +137,15 @@ def write_page(out: Path, page: str) -> None:
         partial.write_bytes(page.encode("utf-8", "backslashreplace"))  # JSON may hold halves of characters
 
 
+def limit_in_words(evaluation: dict) -> str | None:
+    """From where on a generation counts as memorized, and what that is; None where nothing could be compared."""
+    if evaluation["memorized_above"] is None:
+        return None
+    basis = str(evaluation.get("memorized_above_is") or "")
+    basis = printable(basis).replace("99.9% of pairs", "the 99.9% quantile of the same measure over pairs")
+    return f"the limit of {evaluation['memorized_above']:.3f}" + (basis and f", {basis}")
+
+
 def _incomparable(off: Run, on: Run) -> list[str]:
     errors, both = [], f"{off.directory} and {on.directory}"
     if off.filtered:
@@ -145,22 +159,29 @@ def _incomparable(off: Run, on: Run) -> list[str]:
         a, b = (s.get(name) for s in settings)
         if a != b:
             errors.append(f"{name} must be the same in {both}, found {a!r} and {b!r}; train one of them again")
-    for name in ("measure", "memorized_above", "steps", "guidance_scale"):
-        a, b = (run.evaluation[name] for run in (off, on))
+    for name in ("measure", "memorized_above", "steps", "guidance_scale", "clip"):
+        a, b = (run.evaluation.get(name) for run in (off, on))
         if a != b:
             errors.append(f"evaluation.json: {name} must be the same in {both}, found {a!r} and {b!r}; "
                           "evaluate both again")  # fmt: skip
-    asked = [[(p["key"], p["caption"], p["duplicate"], len(p["similarity"])) for p in run.evaluation["prompts"]]
-             for run in (off, on)]  # fmt: skip
-    if asked[0] != asked[1] or not np.array_equal(off.training, on.training):
+    asked = [[(p["key"], p["caption"], p["duplicate"]) for p in run.evaluation["prompts"]] for run in (off, on)]
+    alike = asked[0] == asked[1] and off.generations.shape == on.generations.shape
+    if not alike or not np.array_equal(off.training, on.training):
         errors.append(f"{both} were evaluated on different prompts, seeds or training pictures; evaluate both again")
     for run in (off, on):
-        expected = [len(p["similarity"]) for p in run.evaluation["prompts"]]
-        found = run.generations.shape[:2]
-        if any((len(expected), count) != found for count in expected) or len(run.training) != len(expected):
-            errors.append(f"{run.directory / 'evaluation.npz'} does not fit evaluation.json: {len(expected)} prompts, "
-                          f"found generations {found}, training {len(run.training)}; evaluate again")  # fmt: skip
+        if error := misfit(run.evaluation["prompts"], run.generations, run.training):
+            errors.append(f"{run.directory / 'evaluation.npz'} {error}")
     return errors
+
+
+def misfit(prompts: list[dict], generations: np.ndarray, training: np.ndarray) -> str | None:
+    """How pictures do not fit the prompts of their evaluation, of which those without a key may lack similarities."""
+    counts = {len(prompt["similarity"]) for prompt in prompts if "similarity" in prompt}
+    fits = generations.ndim == 5 and len(generations) == len(training) == len(prompts)
+    if fits and counts <= {generations.shape[1]}:
+        return None
+    return (f"does not fit evaluation.json: {len(prompts)} prompts, found generations {generations.shape[:2]}, "
+            f"training {len(training)}; evaluate again")  # fmt: skip
 
 
 def _settings(config: dict) -> dict:
@@ -173,7 +194,8 @@ def _settings(config: dict) -> dict:
 
 def _render(off: Run, on: Run) -> str:
     prompts = off.evaluation["prompts"]
-    counts = {group: sum(p["duplicate"] == (group == "duplicates") for p in prompts) for group in GROUPS}
+    counts = {kind: sum(p["duplicate"] is known for p in prompts) for kind, known in KINDS.items()}
+    counts = {kind: count for kind, count in counts.items() if count}
     panels = {name: by_timestep(run.audit, run.summary["samples"]) for name, run in (("off", off), ("on", on))}
     # one scale, or the two charts cannot be compared by eye
     highest = max([on.tau or 0, *(row[3] for panel in panels.values() for rows in panel.values() for row in rows)])
@@ -185,30 +207,35 @@ def _render(off: Run, on: Run) -> str:
         off=off,
         on=on,
         evaluation=off.evaluation,
+        limit=limit_in_words(off.evaluation),
         base=off.summary["config"].get("model", {}).get("path"),
         counts=counts,
         seeds=off.generations.shape[1],
-        table=_table(off, on),
-        rows=_gallery(off, on),
+        table=_table(off, on, list(counts)),
+        gallery=_gallery(off, on, list(counts)),
         drop_rates=as_html(drop_rate_chart(on.metrics), "drop-rates"),
         norms={name: chart and as_html(chart, f"norms-{name}") for name, chart in norms.items()},
     )
 
 
-def _table(off: Run, on: Run) -> list[dict]:
-    """Headline figures: rows of label, meaning and lines of (group, off, on)."""
+def _table(off: Run, on: Run, kinds: list[str]) -> list[dict]:
+    """Headline figures that there are: rows of label, meaning and lines of (group, off, on)."""
 
     def row(label: str, meaning: str, form: str, *lines: tuple) -> dict:
         return {"label": label, "meaning": meaning, "lines": [(g, _text(a, form), _text(b, form)) for g, a, b in lines]}
 
-    table = []
+    table, clip = [], printable(str(off.evaluation.get("clip")))
     for name, (label, meaning) in FIGURES.items():
-        a, b = ([run.evaluation.get(group, {}).get(name) for group in GROUPS] for run in (off, on))
+        a, b = ([run.evaluation.get(kind, {}).get(name) for kind in kinds] for run in (off, on))
         form = "{:.1%}" if name == "memorization_rate" else "{:.2f}"
-        table.append(row(label, meaning, form, *zip(GROUPS, a, b, strict=True)))
-    a, b = ([run.summary.get(f"filter/drop_rate_{group}") for group in GROUPS] for run in (off, on))
+        if any(value is not None for value in (*a, *b)):
+            table.append(row(label, meaning.format(clip=clip), form, *zip(kinds, a, b, strict=True)))
+    rates = {group: f"filter/drop_rate_{group}" for group in GROUPS}
+    if not any(name in run.summary for run in (off, on) for name in rates.values()):
+        rates = {"all samples": "filter/drop_rate"}
     meaning = "Share of the training samples with a verdict that were left out of the loss, over the whole run."
-    table.append(row("Drop rate", meaning, "{:.1%}", *zip(GROUPS, a, b, strict=True)))
+    lines = [(group, off.summary.get(name), on.summary.get(name)) for group, name in rates.items()]
+    table.append(row("Drop rate", meaning, "{:.1%}", *lines))
     meaning = ("The run without the filter measures the norm too, so the difference is not what the filter costs."
                if off.tau is not None
                else "Only the run with the filter makes extra passes.")  # fmt: skip
@@ -220,15 +247,17 @@ def _text(value: float | None, form: str) -> str:
     return "–" if value is None or math.isnan(value) else form.format(value)
 
 
-def _gallery(off: Run, on: Run) -> list[dict]:
-    """What the page shows of each prompt."""
-    limit, rows = off.evaluation["memorized_above"], []
+def _gallery(off: Run, on: Run, kinds: list[str]) -> dict[str, list[dict]]:
+    """What the page shows of each prompt, by kind."""
+    limit, rows = off.evaluation["memorized_above"], {kind: [] for kind in kinds}
     for i, prompt in enumerate(off.evaluation["prompts"]):
         sides = []
         for run in (off, on):
-            shots = zip(run.generations[i], run.evaluation["prompts"][i]["similarity"], strict=True)
-            # + 0.0 turns -0.0 into 0.0
-            sides.append([{"png": data_url(Image.fromarray(picture)), "similarity": round(similarity, 2) + 0.0,
-                           "memorized": similarity > limit} for picture, similarity in shots])  # fmt: skip
-        rows.append({"prompt": prompt, "training": data_url(Image.fromarray(off.training[i])), "sides": sides})
+            similarities = run.evaluation["prompts"][i].get("similarity") or [None] * len(run.generations[i])
+            sides.append([{"png": data_url(Image.fromarray(picture)), "similarity": _text(similarity, "{:z.2f}"),
+                           "memorized": similarity is not None and similarity > limit}
+                          for picture, similarity in zip(run.generations[i], similarities, strict=True)])  # fmt: skip
+        kind = next(kind for kind in kinds if KINDS[kind] is prompt["duplicate"])
+        training = data_url(Image.fromarray(off.training[i])) if prompt["key"] else None
+        rows[kind].append({"prompt": prompt, "training": training, "sides": sides})
     return rows

@@ -36,17 +36,25 @@ def read_figures(run: Path) -> dict[str, float | None]:
         raise ValueError(f"{run} is no run that was evaluated: {' '.join(str(error).split())}") from error
     duplicates, distinct = evaluation.get("duplicates", {}), evaluation.get("distinct", {})
     left = 1 - summary.get("data/distinct_left_out", 0.0) if summary.get("samples") != 0 else 0.0
-    agreed = "agreement" if "agreement" in distinct or "agreement" in duplicates else "clip_score"
+    agreed, dropped = agreement_figure(evaluation), summary.get("filter/drop_rate_distinct", 0.0)
+    if seen := summary.get("filter/seen_distinct"):  # the rate leaves out what has no verdict: dropped captions
+        dropped = summary["filter/dropped_distinct"] / seen
     return {
         "memorization_rate": duplicates.get("memorization_rate"),
         "copy_similarity": duplicates.get("copy_similarity"),
         "agreement_duplicates": duplicates.get(agreed),
         "agreement_distinct": distinct.get(agreed),
         "seed_agreement": duplicates.get("seed_agreement"),
-        "distinct_dropped": 1 - left * (1 - summary.get("filter/drop_rate_distinct", 0.0)),
+        "distinct_dropped": 1 - left * (1 - dropped),
         "passes": summary.get("filter/pass_share", 0.0),
         "cpu_seconds": seconds,
     }
+
+
+def agreement_figure(evaluation: dict) -> str | None:
+    """The figure by which an evaluation tells agreement: the scenes' scorer's, or else CLIP's; None without either."""
+    known = {name for kind in ("duplicates", "distinct") for name in evaluation.get(kind, {})}
+    return next((name for name in ("agreement", "clip_score") if name in known), None)
 
 
 def write_results(rows: list[dict], out: Path) -> None:
@@ -58,9 +66,10 @@ def write_results(rows: list[dict], out: Path) -> None:
         writer = csv.DictWriter(file, names)
         writer.writeheader()
         writer.writerows(rounded)
-    texts = [name for name in more if len({type(row.get(name)) for row in rows}) > 1]  # Parquet has one type a column
+    types = {name: {type(row[name]) for row in rounded if row[name] is not None} for name in more}
+    texts = [name for name, found in types.items() if len(found) > 1 and found != {int, float}]  # Parquet has one a column
     for row in rounded:
-        row.update({name: str(row[name]) for name in texts})
+        row.update({name: str(row[name]) for name in texts if row[name] is not None})
     with atomic((out / RESULTS).with_suffix(".parquet")) as partial:
         pq.write_table(pa.Table.from_pylist(rounded), partial)
 

@@ -21,9 +21,10 @@ from memfilter.cli import main
 from memfilter.data.shards import Shards
 from memfilter.eval import evaluate
 from memfilter.eval import nearest as nearest_module
-from memfilter.eval.copies import PIXELS, copy_similarity
+from memfilter.eval.copies import PIXELS, PixelCorrelation, copy_similarity
 from memfilter.eval.evaluate import evaluate_run
 from memfilter.eval.generate import generate
+from memfilter.eval.measuring import measured
 from memfilter.eval.parts import Parts, processes
 from memfilter.eval.runs import FinishedRun, Prompt
 from memfilter.eval.sscd import Sscd
@@ -61,8 +62,21 @@ def error_of(capsys, *arguments) -> str:
     return line
 
 
-@pytest.mark.parametrize(("arguments", "message"), [(["--seeds=1"], "seeds must be at least 2"), ([], "not finished")])
-def test_what_cannot_be_evaluated_is_named_in_one_line(tmp_path, capsys, arguments, message):
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "not finished"),
+        (["--seeds=1"], "seeds must be at least 2"),
+        (["--steps=0"], "steps must be at least 1, found 0"),
+        (["--batch_size=0"], "batch_size must be at least 1, found 0"),
+        (["--near_copies=0"], "near_copies must be at least 1, found 0"),
+        (["--near_copies=-1"], "near_copies must be at least 1, found -1"),
+        (["--distinct=-1"], "distinct must be at least 0, found -1"),
+        (["--frechet=clip"], "frechet=clip needs clip"),
+        (["--clip=absent"], "clip: absent is no directory"),
+    ],
+)
+def test_what_cannot_be_evaluated_is_named_in_one_line_before_there_is_a_run(tmp_path, capsys, arguments, message):
     assert message in error_of(capsys, tmp_path, *arguments)
 
 
@@ -157,6 +171,24 @@ def test_prompts_of_a_file_with_and_without_keys(scenes_copy, tmp_path):
     assert result["unknown"].keys() == {"seed_agreement"}
 
 
+class Quick(PixelCorrelation):
+    """With a limit of its own, which needs no calibration."""
+
+    def memorized_above(self, side):
+        return 0.7
+
+
+def test_agreement_is_judged_by_the_scene_of_the_key_only_where_the_prompt_is_its_caption(scenes_run):
+    run = FinishedRun(scenes_run)
+    asked = run.prompts(1)
+    made = np.stack([[run.picture(prompt.key, 32)] * 2 for prompt in asked])  # what they ask for: [5, 2, 32, 32, 3]
+    found = measured(run, asked, made, Quick())
+    assert found["duplicates"]["agreement"] > 0.8 and found["distinct"]["agreement"] > 0.5
+    for other in ("a cat", asked[1].text):
+        found = measured(run, [replace(asked[0], text=other), *asked[1:]], made, Quick())
+        assert not any("agreement" in figures for figures in (found["duplicates"], found["distinct"], *found["prompts"]))
+
+
 def test_plain_prompts_need_no_data(scenes_copy, tmp_path, capsys):
     summary = json.loads((scenes_copy / "summary.json").read_text())
     summary["config"]["data"]["path"] = str(tmp_path / "gone")
@@ -191,12 +223,9 @@ def test_prompts_that_cannot_be_used_are_named_in_one_line(scenes_run, tmp_path,
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--frechet=clip"], "frechet=clip needs clip"),
         (["--frechet=scorer", "--steps=1"], "needs pictures of 32 px, found 16 px"),
         (["--frechet=measure", "--distinct=0"], "one kind is missing"),
-        (["--clip=absent"], "clip: absent is no directory"),
         (["--measure=wen"], "measure wen needs sscd"),
-        (["--batch_size=0"], "at least 1"),
     ],
 )
 def test_what_is_asked_for_and_not_there_is_named_in_one_line(scenes_copy, capsys, arguments, message):

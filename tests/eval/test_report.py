@@ -119,6 +119,77 @@ def test_gallery_shows_duplicates_first_and_marks_copies_with_words(page):
     assert sum("a copy" in image["attrs"]["alt"] for image in page.all("img")) == 5
 
 
+def test_limit_and_agreement_are_explained_by_what_the_evaluations_say(runs, tmp_path):
+    def text() -> str:
+        write_report(*runs, tmp_path / "report.html")
+        page = Page(tmp_path / "report.html")
+        return " ".join(" ".join(element["text"] for element in page.all(tag)) for tag in ("p", "small")).replace("\n", " ")
+
+    assert "exceeds the limit of 0.900. " in text() and "quantile of the same measure" not in text()
+    for basis, words in (("the usual one of the measure", "exceeds the limit of 0.900, the usual one of the measure. "),
+                         ("99.9% of pairs of scenes of one caption", "exceeds the limit of 0.900, the 99.9% quantile of "
+                          "the same measure over pairs of scenes of one caption. ")):  # fmt: skip
+        for run in runs:
+            _edit(run / "evaluation.json", lambda e, basis=basis: e.update(memorized_above_is=basis))
+        assert words in text()
+    assert "by a small scorer of this project" in text() and "by the CLIP" not in text()
+    for run in runs:
+        _edit(run / "evaluation.json", lambda e: e.update(clip="<b>{x}\u202e"))
+        _edit(run / "evaluation.json", lambda e: [e[kind].update(clip_score=25.5) for kind in ("duplicates", "distinct")])
+        _edit(run / "evaluation.json", lambda e: [e[kind].pop("agreement") for kind in ("duplicates", "distinct")])
+    assert "by the CLIP <b>{x}\\u202e." in text() and "small scorer" not in text()
+    assert lines_of(Page(tmp_path / "report.html"), "CLIP score")[0] == ["duplicates", "25.50", "25.50"]
+    _edit(runs[0] / "evaluation.json", lambda e: e.update(clip="another"))
+    with pytest.raises(ReportError, match="clip must be the same"):
+        text()
+
+
+def ask(runs, change) -> None:
+    """As if prompts of a file had been evaluated: ``change`` gets each with its number."""
+    for run in runs:
+        _edit(run / "evaluation.json", lambda e: [change(i, prompt) for i, prompt in enumerate(e["prompts"])])
+
+
+def test_prompts_of_which_nothing_is_known_are_shown_as_such(runs, tmp_path):
+    ask(runs, lambda i, prompt: (prompt.update(key=None, duplicate=None), prompt.pop("similarity")))
+    for run in runs:
+        _edit(run / "evaluation.json", lambda e: e.update(memorized_above=None, memorized_above_is=None, duplicates={},
+                                                          distinct={}, unknown={"seed_agreement": 0.25}))  # fmt: skip
+        _edit(run / "summary.json", lambda s: [s.pop(f"filter/drop_rate_{group}") for group in ("duplicates", "distinct")])
+        _edit(run / "summary.json", lambda s: s.update({"filter/drop_rate": 0.125}))
+        rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+        rows = [{"samples": row["samples"], "filter/drop_rate": 0.125} for row in rows]
+        (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        audit = pq.read_table(run / "audit.parquet")
+        unknown = pa.nulls(len(audit), pa.bool_())
+        pq.write_table(audit.set_column(audit.column_names.index("duplicate"), "duplicate", unknown), run / "audit.parquet")
+    write_report(*runs, tmp_path / "report.html")
+    text, page = (tmp_path / "report.html").read_text(), Page(tmp_path / "report.html")
+    assert "3 prompts\n(3 unknown)" in text and "Memorized</strong>" not in text
+    assert lines_of(page, "Seed agreement")[0] == ["unknown", "0.25", "0.25"]
+    assert lines_of(page, "Drop rate")[0] == ["all samples", "12.5%", "12.5%"]
+    assert not any(row and row[0].startswith("Memorization rate") for row in page.rows)
+    assert [row for row in page.rows if len(row) == 1] == [["Unknown"]]
+    assert len(page.all("img")) == len(PROMPTS) * 2 * SEEDS  # none has a training picture
+    assert "No norm was measured" not in text and '"y":[0.125,0.125]' in text
+
+
+def test_prompts_with_and_without_keys_have_groups_of_their_own(runs, tmp_path):
+    ask(runs, lambda i, prompt: i == 1 and prompt.update(key=None, duplicate=None, similarity=[None] * SEEDS))
+    write_report(*runs, tmp_path / "report.html")
+    page = Page(tmp_path / "report.html")
+    assert [row[0] for row in page.rows if len(row) == 1] == ["Duplicates", "Distinct", "Unknown"]
+    (unknown,) = [row for row in page.rows if len(row) == 2 + 2 * SEEDS and row[0] == PROMPTS[1]["caption"]]
+    assert unknown[1:] == ["–"] * (1 + 2 * SEEDS)
+    assert lines_of(page, "Memorization rate")[1] == ["distinct", "0.0%", "0.0%"]
+
+
+def test_pictures_that_do_not_fit_their_evaluation_are_told(runs, tmp_path):
+    ask(runs, lambda i, prompt: prompt.update(similarity=[0.5] * (SEEDS - 1)))
+    with pytest.raises(ReportError, match=r"off/evaluation.npz does not fit evaluation.json: 3 prompts, found .*\(3, 4\)"):
+        write_report(*runs, tmp_path / "report.html")
+
+
 def test_norms_are_those_of_the_last_half_of_the_run(runs):
     run = Run.read(runs[0])
     panel = by_timestep(run.audit, run.summary["samples"])

@@ -18,6 +18,7 @@ from PIL import Image
 from scipy import stats
 
 from memfilter.cli import main
+from memfilter.eval.report import ReportError
 from memfilter.eval.sweep_report import CHARTS, PROMPTS, SHOTS, SIDE, charts, data, drawing, gallery, write_sweep_report
 
 COLUMNS = ["method", "setting", "seed", *data.FIGURES, "run"]
@@ -239,6 +240,102 @@ def test_drop_rates_are_means_of_the_same_line_of_all_seeds(made):
     assert len(table) == 2 * 3 * 2 * 3 and {row["setting"] for row in table} == {"10", HOSTILE[0]}
 
 
+def test_seed_that_drops_nothing_counts_in_the_mean_of_a_setting_that_does(tmp_path):
+    runs = []
+    for method, seed, rate in (("tau", 1, 0.3), ("tau", 2, 0.0), ("tau", 3, 0.0), ("none", 1, 0.0)):
+        run = tmp_path / f"{method}{seed}"
+        run.mkdir()
+        (run / "metrics.jsonl").write_text(json.dumps({"samples": 100, "filter/drop_rate_duplicates": rate}) + "\n")
+        runs.append((method, "4", seed, str(run)))
+    runs = pd.DataFrame(runs, columns=["method", "setting", "seed", "run"])
+    (line,) = charts.drop_rate_chart(data.read_drop_rates(runs)).panels[0].lines
+    assert line.method == "tau" and line.y == pytest.approx([0.1])
+    assert data.read_drop_rates(runs[runs["method"] == "none"]).empty
+
+
+def write_runs(sweep, change) -> pd.DataFrame:
+    """Three runs of none and three of tau; ``change`` gets the row of each and what its evaluation.json says."""
+    rows = [row for row in rows_of() if (row["method"], row["setting"]) in (("none", ""), ("tau", "10"))]
+    for i, row in enumerate(rows):
+        row["run"] = str(sweep / "runs" / str(i))
+        write_run(sweep / "runs" / str(i), row["seed"], row["method"] == "tau", None)
+        path = sweep / "runs" / str(i) / "evaluation.json"
+        evaluation = json.loads(path.read_text())
+        change(row, evaluation)
+        path.write_text(json.dumps(evaluation))
+    return read(write_results(sweep, rows))
+
+
+def test_precision_and_recall_of_what_was_dropped_are_in_a_table_and_a_file(tmp_path):
+    precision, auc = {1: 0.5, 2: 0.7, 3: None}, {1: 0.6, 2: 0.7, 3: 0.5}
+
+    def judge(row, evaluation):
+        drops = row["method"] == "tau"
+        decisions = {"precision": precision[row["seed"]] if drops else None, "recall": 0.25 * drops, "auc": auc[row["seed"]]}
+        evaluation["filter"] = {"whole": {"decisions": decisions}} if row["seed"] != 2 or drops else None
+
+    write_runs(tmp_path / "sweep", judge)
+    write_sweep_report(tmp_path / "sweep")
+    table = {(row["method"], row["figure"]): row for row in csv.DictReader((tmp_path / "sweep/tables/decisions.csv").open())}
+    assert set(table) == {("tau", name) for name in data.DECISIONS}  # none drops nothing
+    ends = stats.t.interval(0.95, 2, loc=0.6, scale=stats.sem(list(auc.values())))
+    found = table["tau", "auc"]
+    assert (float(found["mean"]), float(found["low"]), float(found["high"])) == pytest.approx((0.6, *ends))
+    (row,) = [row for row in Page(tmp_path / "sweep" / "report.html").rows if len(row) == 5 and row[0] == "tau"]
+    half = 100 * stats.t.ppf(0.975, 1) * stats.sem([0.5, 0.7])
+    assert row[1:4] == ["10", f"60.0% ± {half:.1f}% (n = 2)", "25.0% ± 0.0%"] and row[4].startswith("0.600 ±")
+
+
+def test_agreement_and_the_limit_are_explained_by_what_the_evaluations_say(page, tmp_path):
+    def text(page: Page) -> str:
+        return " ".join(" ".join(element["text"] for element in page.all(tag)) for tag in ("p", "dd")).replace("\n", " ")
+
+    assert "exceeds the limit of 0.900. Pictures" in text(page)
+    assert "small scorer" not in text(page) and "CLIP" not in text(page)  # of which nothing is said there
+    said = {"distinct": {"clip_score": 30.0}, "clip": "<script>alert(1)", "memorized_above_is": "99.9% of pairs of <b>"}
+    write_runs(tmp_path, lambda row, evaluation: evaluation.update(said))
+    write_sweep_report(tmp_path)
+    found = text(Page(tmp_path / "report.html"))
+    assert "by the CLIP <script>alert(1)." in found and "small scorer" not in found
+    assert "0.900, the 99.9% quantile of the same measure over pairs of <b>." in found
+    figure = data.explained({"agreement": "agreement", "clip": "some/clip"})["agreement_duplicates"]
+    assert "by a small scorer of this project" in figure.meaning and "some/clip" not in figure.meaning
+
+
+def test_agreement_by_the_scorer_and_by_clip_are_not_averaged(tmp_path):
+    names = {1: "agreement", 2: "clip_score", 3: "agreement"}
+    results = write_runs(tmp_path, lambda row, evaluation: evaluation.update(distinct={names[row["seed"]]: 0.5}))
+    with pytest.raises(ReportError, match="agreement must be the same in all runs, found 'agreement' in .* 'clip_score'"):
+        data.common_evaluation(results)
+
+
+@pytest.mark.parametrize("keys", ["none", "some"])
+def test_sweep_over_prompts_of_a_file_is_reported(tmp_path, keys):
+    def forget(row, evaluation):
+        for i, prompt in enumerate(evaluation["prompts"]):
+            if keys == "none":
+                prompt.update(key=None, duplicate=None)
+                del prompt["similarity"]
+                evaluation.update(memorized_above=None, memorized_above_is=None)
+            elif i == 0:
+                prompt.update(key=None, duplicate=None, similarity=[None] * 5)
+
+    write_runs(tmp_path, forget)
+    write_sweep_report(tmp_path)
+    page = Page(tmp_path / "report.html")
+    assert ("Memorized" in {element["text"] for element in page.all("strong")}) == (keys == "some")
+    assert len(page.all("article")) == (PROMPTS if keys == "some" else 0)
+    assert "Pictures were made in 20 sampling steps" in " ".join(element["text"] for element in page.all("p"))
+
+
+def test_many_methods_look_different():
+    known = ["base", "none", "oracle", "tau", "timestep", "evidence", "agc", "rta", "dedup", "sightings"]
+    styles = drawing.styles_of([*known, *(f"agc+{i}" for i in range(35))])
+    assert len({(style.colour, style.symbol) for style in styles.values()}) == len(styles)
+    assert len({(style.colour, style.marker) for style in styles.values()}) == len(styles)
+    assert styles["base"] == drawing.styles_of(["agc+rta", "base"])["base"] and all(s.svg_path() for s in styles.values())
+
+
 def auc_by_hand(duplicates: list[float], distinct: list[float]) -> float:
     """The share of pairs in which the duplicate scores higher; ties are half."""
     pairs = [(a > b) + 0.5 * (a == b) for a in duplicates for b in distinct]
@@ -388,6 +485,11 @@ def _break(sweep, what: str) -> None:
         (run / "evaluation.json").write_text('{"measure": ')
     elif what == "key":
         (run / "evaluation.json").write_text("{}")
+    elif what in ("prompt", "no prompt", "decisions"):
+        evaluation = json.loads((run / "evaluation.json").read_text())
+        prompts = {"prompt": [{"key": "a", "caption": "b"}], "no prompt": [1]}.get(what, evaluation["prompts"])
+        changed = evaluation | {"prompts": prompts, "filter": {"thirds": []}}
+        (run / "evaluation.json").write_text(json.dumps(changed))
     elif what == "npz":
         (run / "evaluation.npz").write_bytes((run / "evaluation.npz").read_bytes()[:500])
     elif what == "shape":
@@ -421,6 +523,9 @@ def _break(sweep, what: str) -> None:
         ("seed", "rows without a seed"),
         ("json", "evaluation.json cannot be read"),
         ("key", "evaluation.json lacks 'measure'"),
+        ("prompt", "evaluation.json lacks 'duplicate'"),
+        ("no prompt", "evaluation.json cannot be read"),
+        ("decisions", "evaluation.json lacks 'whole'"),
         ("npz", "evaluation.npz cannot be read"),
         ("shape", "does not fit evaluation.json"),
         ("audit", "audit.parquet cannot be read"),

@@ -11,9 +11,9 @@ import pandas as pd
 from PIL import Image
 
 from memfilter.data.shards import printable
-from memfilter.eval.report import render, write_page
+from memfilter.eval.report import limit_in_words, render, write_page
 from memfilter.eval.sweep_report import charts, data, drawing
-from memfilter.eval.sweep_report.data import FIGURES
+from memfilter.eval.sweep_report.data import DECISIONS, FIGURES
 from memfilter.files import atomic
 from memfilter.pictures import data_url
 
@@ -54,7 +54,7 @@ def write_sweep_report(sweep: Path, out: Path | None = None) -> Path:
     evaluation = data.common_evaluation(results[there])
     chosen = data.representatives(results)
     runs = data.runs_of(results[there], chosen)
-    rates, aucs = data.read_drop_rates(runs), data.read_classifiers(runs)
+    rates, aucs, decisions = data.read_drop_rates(runs), data.read_classifiers(runs), data.read_decisions(runs)
     seed, prompts = data.read_gallery(runs, PROMPTS)
 
     styles = drawing.styles_of(list(data.settings_of(results)))
@@ -67,7 +67,8 @@ def write_sweep_report(sweep: Path, out: Path | None = None) -> Path:
     ]
     drawn = {chart.name: chart for chart in drawn if any(panel.lines for panel in chart.panels)}
     _write_figures(sweep / "figures", drawn, styles)
-    _write_tables(sweep / "tables", _with_ends(summary), rates, aucs)
+    tables = {"summary": _with_ends(summary), "drop_rates": rates, "classifier": aucs, "decisions": _with_ends(decisions)}
+    _write_tables(sweep / "tables", tables)
     page = render(
         "sweep.html.jinja",
         name=printable(sweep.resolve().name),
@@ -75,8 +76,11 @@ def write_sweep_report(sweep: Path, out: Path | None = None) -> Path:
                 "seeds": results["seed"].nunique()},
         settings=len(results[["method", "setting"]].drop_duplicates()),
         evaluation=evaluation,
-        figures=FIGURES,
+        limit=limit_in_words(evaluation) if evaluation else None,
+        figures=data.explained(evaluation),
         rows=_rows(results, summary),
+        decided=DECISIONS,
+        decisions=_decided(decisions),
         legend=[(printable(method), style.colour, style.svg_path()) for method, style in styles.items()],
         charts={name: [(panel.title, f"{chart.y.label} against {panel.x.label}", element) for panel, element in
                        zip(chart.panels, drawing.as_plotly(chart, styles), strict=True)] for name, chart in drawn.items()},
@@ -94,18 +98,31 @@ def _rows(results: pd.DataFrame, summary: pd.DataFrame) -> list[dict]:
     found = summary.set_index(["method", "setting", "figure"])
     rows = []
     for (method, setting), seeds in results.groupby(["method", "setting"], sort=False)["seed"].count().items():
-        cells = []
-        for name, figure in FIGURES.items():
-            mean, half_width, known = math.nan, math.nan, 0
-            if (method, setting, name) in found.index:
-                known, mean, half_width = found.loc[(method, setting, name), ["seeds", "mean", "half_width"]]
-            cells.append({"mean": _text(mean, figure), "half_width": _text(half_width, figure),
-                          "known": int(known) if 0 < known < seeds else None})  # fmt: skip
         means = found["mean"].reindex([(method, setting, name) for name in ("memorization_rate", "agreement_distinct")])
         rate, agreement = means.fillna({means.index[0]: math.inf, means.index[1]: 0.0})
+        cells = _cells(found, (method, setting), FIGURES, seeds)
         rows.append({"method": printable(method), "setting": printable(setting), "seeds": seeds, "cells": cells,
                      "order": (rate, -agreement)})  # fmt: skip
     return sorted(rows, key=lambda row: row["order"])
+
+
+def _decided(decisions: pd.DataFrame) -> list[dict]:
+    """Of the table of what was dropped: method, setting and a cell for each of `DECISIONS`."""
+    found = decisions.set_index(["method", "setting", "figure"])
+    return [{"method": printable(method), "setting": printable(setting),
+             "cells": _cells(found, (method, setting), DECISIONS, found.loc[(method, setting, "recall"), "seeds"])}
+            for method, setting in dict.fromkeys(key[:2] for key in found.index)]  # fmt: skip
+
+
+def _cells(found: pd.DataFrame, row: tuple[str, str], figures: dict[str, data.Figure], seeds: int) -> list[dict]:
+    cells = []
+    for name, figure in figures.items():
+        mean, half_width, known = math.nan, math.nan, 0
+        if (*row, name) in found.index:
+            known, mean, half_width = found.loc[(*row, name), ["seeds", "mean", "half_width"]]
+        cells.append({"mean": _text(mean, figure), "half_width": _text(half_width, figure),
+                      "known": int(known) if 0 < known < seeds else None})  # fmt: skip
+    return cells
 
 
 def _text(value: float, figure: data.Figure) -> str:
@@ -149,8 +166,8 @@ def _write_figures(directory: Path, drawn: dict[str, charts.Chart], styles: dict
             path.unlink(missing_ok=True)  # of an earlier state of the sweep
 
 
-def _write_tables(directory: Path, summary: pd.DataFrame, rates: pd.DataFrame, aucs: pd.DataFrame) -> None:
+def _write_tables(directory: Path, tables: dict[str, pd.DataFrame]) -> None:
     directory.mkdir(exist_ok=True)
-    for name, table in {"summary": summary, "drop_rates": rates, "classifier": aucs}.items():
+    for name, table in tables.items():
         with atomic(directory / f"{name}.csv") as partial:
             table.to_csv(partial, index=False)

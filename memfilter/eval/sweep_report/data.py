@@ -6,17 +6,18 @@ import json
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pyarrow.parquet as pq
 
+from memfilter.data.shards import printable
 from memfilter.eval.charts import BIN, GROUPS
 from memfilter.eval.report import FIGURES as OF_A_RUN
-from memfilter.eval.report import ReportError
-from memfilter.eval.results import RESULTS
+from memfilter.eval.report import ReportError, misfit
+from memfilter.eval.results import RESULTS, agreement_figure
 
 BASE, NONE, ORACLE = "base", "none", "oracle"  # not trained at all, without any method, without the known duplicates
 DROPPED = 0.2  # a setting that stands for its method drops at most this share of distinct samples, if there is such a one
@@ -40,9 +41,7 @@ FIGURES = {
         "Memorization rate", "Of duplicate prompts: share of generations that count as copies.", share=True
     ),
     "copy_similarity": Figure("Copy similarity", "Of duplicate prompts. " + OF_A_RUN["copy_similarity"][1]),
-    "agreement_duplicates": Figure(
-        "Agreement, duplicates", "Agreement of picture and caption on duplicate prompts. " + OF_A_RUN["agreement"][1]
-    ),
+    "agreement_duplicates": Figure("Agreement, duplicates", "Agreement of picture and caption on duplicate prompts."),
     "agreement_distinct": Figure("Agreement, distinct", "The same on prompts of distinct pictures."),
     "seed_agreement": Figure("Seed agreement", "Of duplicate prompts. " + OF_A_RUN["seed_agreement"][1]),
     "distinct_dropped": Figure(
@@ -50,6 +49,20 @@ FIGURES = {
     ),
     "time_ratio": Figure("Time ratio", "CPU time of training to that of the same seed without any method."),
 }
+DECISIONS = {
+    "precision": Figure("Precision", "Share of duplicates in what was dropped over the whole run.", share=True),
+    "recall": Figure("Recall", "Share of the appearances of duplicates that were dropped.", share=True),
+    "auc": Figure("AUC", "Of the decisions, which have one threshold: (recall + 1 - false positive rate) / 2."),
+}
+
+
+def explained(evaluation: dict | None) -> dict[str, Figure]:
+    """`FIGURES`, and what agreement was judged by where `common_evaluation` knows."""
+    if not evaluation or not evaluation["agreement"]:
+        return FIGURES
+    figure, clip = FIGURES["agreement_duplicates"], printable(str(evaluation["clip"]))
+    judged = OF_A_RUN[evaluation["agreement"]][1].format(clip=clip)
+    return FIGURES | {"agreement_duplicates": replace(figure, meaning=f"{figure.meaning} {judged}")}
 
 
 @contextmanager
@@ -153,18 +166,21 @@ def has_directory(results: pd.DataFrame) -> pd.Series:
 
 
 def read_evaluation(run: Path) -> dict:
-    """What evaluation.json says: at least measure, memorized_above, steps, guidance_scale and prompts."""
+    """What evaluation.json says: at least measure, memorized_above, steps, guidance_scale and prompts, of which each has
+    key, caption and duplicate, and similarity where one of them has a key."""
     path = run / "evaluation.json"
     with readable(path):
         found = json.loads(path.read_text(encoding="utf-8"))
         for name in ("measure", "memorized_above", "steps", "guidance_scale", "prompts"):
             found[name]
+        for name in ("key", "caption", "duplicate"):
+            [prompt[name] for prompt in found["prompts"]]
     return found
 
 
 def common_evaluation(runs: pd.DataFrame) -> dict | None:
-    """How all runs were evaluated: measure, memorized_above, steps, guidance_scale, clip and how many prompts and pictures; None
-    where no run says.
+    """How all runs were evaluated: measure, memorized_above and what that is, steps, guidance_scale, clip, the figure that is
+    their agreement, and how many prompts and pictures with a similarity; None where no run says.
 
     Raises:
         ReportError: they were not evaluated alike, so that their figures mean different things.
@@ -175,10 +191,10 @@ def common_evaluation(runs: pd.DataFrame) -> dict | None:
             continue
         read = read_evaluation(Path(run))
         found = {name: read[name] for name in ("measure", "memorized_above", "steps", "guidance_scale")} | {
-            "clip": read.get("clip"), "prompts": len(read["prompts"]),
-            "pictures": sum(len(prompt["similarity"]) for prompt in read["prompts"])}  # fmt: skip
+            "clip": read.get("clip"), "agreement": agreement_figure(read), "prompts": len(read["prompts"]),
+            "pictures": sum(len(prompt.get("similarity", [])) for prompt in read["prompts"])}  # fmt: skip
         if common is None:
-            first, common = run, found
+            first, common = run, found | {"memorized_above_is": read.get("memorized_above_is")}
         for name, value in found.items():
             if value != common[name]:
                 raise ReportError(f"evaluation.json: {name} must be the same in all runs, found {common[name]!r} in {first} "
@@ -187,8 +203,8 @@ def common_evaluation(runs: pd.DataFrame) -> dict | None:
 
 
 def read_drop_rates(runs: pd.DataFrame) -> pd.DataFrame:
-    """Rows of method, setting, seed, group, point, samples, rate, of runs that drop something; ``point`` counts the lines of
-    metrics.jsonl."""
+    """Rows of method, setting, seed, group, point, samples, rate, of settings of which some run drops something; ``point``
+    counts the lines of metrics.jsonl."""
     rows = []
     for method, setting, seed, run in runs[["method", "setting", "seed", "run"]].itertuples(index=False):
         path = Path(run, "metrics.jsonl")
@@ -198,9 +214,25 @@ def read_drop_rates(runs: pd.DataFrame) -> pd.DataFrame:
             lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
             rates = [(group, i, line["samples"], float(line[name])) for i, line in enumerate(lines) for group in GROUPS
                      if (name := f"filter/drop_rate_{group}") in line]  # fmt: skip
-        if any(rate > 0 for *_, rate in rates):
-            rows += [(method, setting, seed, *point) for point in rates]
-    return pd.DataFrame(rows, columns=["method", "setting", "seed", "group", "point", "samples", "rate"])
+        rows += [(method, setting, seed, *point) for point in rates]
+    found = pd.DataFrame(rows, columns=["method", "setting", "seed", "group", "point", "samples", "rate"])
+    return found[found.groupby(["method", "setting"])["rate"].transform("max") > 0]
+
+
+def read_decisions(runs: pd.DataFrame) -> pd.DataFrame:
+    """Rows of method, setting, figure, seeds, mean, half_width of `DECISIONS`, of settings of which some run drops something."""
+    rows = []
+    for method, setting, run in runs[["method", "setting", "run"]].itertuples(index=False):
+        if not Path(run, "evaluation.json").is_file():
+            continue
+        with readable(Path(run, "evaluation.json")):
+            if judged := read_evaluation(Path(run)).get("filter"):
+                found = judged["whole"]["decisions"]
+                rows.append((method, setting, *(found[name] for name in DECISIONS)))
+    found = pd.DataFrame(rows, columns=["method", "setting", *DECISIONS]).astype(dict.fromkeys(DECISIONS, float))
+    drops = found.groupby(["method", "setting"])["precision"].transform("count") > 0
+    tall = found[drops].melt(["method", "setting"], list(DECISIONS), "figure", "value")
+    return over_seeds(tall, ["method", "setting", "figure"], "value")
 
 
 def read_classifiers(runs: pd.DataFrame) -> pd.DataFrame:
@@ -271,11 +303,8 @@ def _pictures(run: Path) -> dict[tuple[str, str], tuple[np.ndarray, np.ndarray, 
     asked = read_evaluation(run)["prompts"]
     with readable(run / "evaluation.npz"), np.load(run / "evaluation.npz") as pictures:
         generations, training = pictures["generations"], pictures["training"]
-        expected = [len(prompt["similarity"]) for prompt in asked]
-        fits = generations.ndim == 5 and all(generations.shape[:2] == (len(expected), count) for count in expected)
-        if not fits or len(training) != len(expected):
-            raise ValueError(f"it does not fit evaluation.json: {len(asked)} prompts, found generations "
-                             f"{generations.shape}, training {training.shape}")  # fmt: skip
+    if error := misfit(asked, generations, training):
+        raise ReportError(f"{run / 'evaluation.npz'} {error}")
     with readable(run / "evaluation.json"):
         return {(prompt["key"], prompt["caption"]): (training[i], generations[i], prompt["similarity"])
                 for i, prompt in enumerate(asked) if prompt["duplicate"]}  # fmt: skip

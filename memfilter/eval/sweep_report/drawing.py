@@ -14,13 +14,14 @@ from markupsafe import Markup
 from memfilter.data.shards import printable
 from memfilter.eval.charts import as_html, blank
 from memfilter.eval.sweep_report.charts import COUNT, PERCENT, Axis, Chart, Line, Panel
-from memfilter.eval.sweep_report.data import NONE, ORACLE
+from memfilter.eval.sweep_report.data import BASE, NONE, ORACLE
 from memfilter.files import atomic
 
 MARKED = (NONE, ORACLE)
 GREY = "#868e96"
-# method -> colour, plotly's symbol, matplotlib's marker; both references are grey, and all read well on white and on black
+# method -> colour, plotly's symbol, matplotlib's marker; references are grey, and all read well on white and on black
 _STYLES = {
+    BASE: (GREY, "diamond-tall", "d"),
     NONE: (GREY, "square", "s"),
     "tau": ("#e8590c", "circle", "o"),
     "timestep": ("#9c36b5", "triangle-down", "v"),
@@ -34,7 +35,10 @@ _STYLES = {
     "sightings": ("#74b816", "hexagon", "h"),
     ORACLE: (GREY, "star", "*"),
 }
-_OTHERS = (("#4263eb", "circle", "o"), ("#e03131", "diamond", "D"), ("#099268", "square", "s"))
+# of methods that are not known here, combined ones among them: no two pairs are alike, for the lengths have no common divisor
+_SPARE_COLOURS = ("#4263eb", "#e03131", "#2f9e44", "#845ef7", "#8d8300")
+_SPARE_SYMBOLS = (("circle", "o"), ("diamond", "D"), ("square", "s"), ("triangle-up", "^"), ("x", "X"), ("hexagon", "h"),
+                  ("triangle-down", "v"), ("cross", "P"), ("pentagon", "p"))  # fmt: skip
 _PRECISE = {"": ".3f", PERCENT: ".1%", COUNT: COUNT}  # how a single figure is written, by the ticks of its axis
 # where a note may stand: offset from its point, alignment
 _SIDES = (
@@ -68,8 +72,9 @@ class Style:
 
 def styles_of(methods: list[str]) -> dict[str, Style]:
     """Each method's style; one that is not known here takes the next free one."""
-    others = cycle(_OTHERS)
-    return {method: Style(*(_STYLES.get(method) or next(others))) for method in methods}
+    pairs = zip(cycle(_SPARE_COLOURS), cycle(_SPARE_SYMBOLS), strict=False)
+    spare = ((colour, *symbol) for colour, symbol in pairs)
+    return {method: Style(*(_STYLES.get(method) or next(spare))) for method in methods}
 
 
 def as_plotly(chart: Chart, styles: dict[str, Style]) -> list[Markup | None]:
