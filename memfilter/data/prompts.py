@@ -31,11 +31,16 @@ def read_prompts(path: Path) -> list[tuple[str, dict]]:
     for where, row in found:
         if not isinstance(row, dict) or not isinstance(row.get("prompt"), str):
             raise ValueError(f'{where}: expected {{"prompt": "..."}}' if path.suffix == ".jsonl" else f"{where}: no prompt")
-        if any("\ud800" <= letter <= "\udfff" for letter in row["prompt"]):
-            raise ValueError(f"{where}: a prompt with half of a character (a lone surrogate)")
-        if len(row["prompt"]) > MAX_CAPTION:
-            raise ValueError(f"{where}: a prompt of {len(row['prompt']):,} characters, more than {MAX_CAPTION:,}")
+        require_prompt(row["prompt"], where)
     return found
+
+
+def require_prompt(prompt: str, where: str) -> None:
+    """Raises ValueError, which says where it stands, for a prompt that is too long or that no tokenizer takes."""
+    if any("\ud800" <= letter <= "\udfff" for letter in prompt):
+        raise ValueError(f"{where}: a prompt with half of a character (a lone surrogate)")
+    if len(prompt) > MAX_CAPTION:
+        raise ValueError(f"{where}: a prompt of {len(prompt):,} characters, more than {MAX_CAPTION:,}")
 
 
 def _text(path: Path) -> str:

@@ -54,9 +54,13 @@ class FinishedRun:
         self.directory = Path(directory)
         if not (self.directory / "summary.json").is_file():
             raise ValueError(f"{directory} has no summary.json: it is not a run, or not finished")
-        self.summary = json.loads((self.directory / "summary.json").read_text(encoding="utf-8"))
         known = {setting.name for setting in dataclasses.fields(DataConfig)}
-        data = {name: value for name, value in self.summary["config"]["data"].items() if name in known}
+        try:
+            self.summary = json.loads((self.directory / "summary.json").read_text(encoding="utf-8"))
+            data = {name: value for name, value in self.summary["config"]["data"].items() if name in known}
+            self.summary["config"]["model"]["path"]  # asked for later
+        except (ValueError, LookupError, TypeError, AttributeError) as error:
+            raise ValueError(f"{directory}: its summary.json is not that of a run ({error!r})") from error
         self.config = Config(run_dir=str(directory), data=DataConfig(**data))
 
     @cached_property

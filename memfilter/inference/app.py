@@ -10,6 +10,7 @@ import gradio as gr
 import numpy as np
 import plotly.graph_objects as go
 
+from memfilter.data.prompts import require_prompt
 from memfilter.eval.runs import Prompt
 from memfilter.inference.clean import CleanNorms, mean_norm
 from memfilter.inference.detection import Sampling
@@ -145,6 +146,10 @@ def build(studio: Studio) -> gr.Blocks:
     def checked(prompt: str) -> str:
         if not prompt or not prompt.strip():
             raise gr.Error("Type a prompt first.", print_exception=False)
+        try:
+            require_prompt(prompt, "prompt")
+        except ValueError as error:
+            raise gr.Error(str(error), print_exception=False) from None
         return prompt.strip()
 
     def look(prompt: str):

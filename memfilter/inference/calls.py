@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 
@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from memfilter.functional import noise_factor, text_norm
+
+Timestep = Tensor | float | int
 
 
 class UnguidedError(ValueError):
@@ -31,7 +33,7 @@ class Call:
     """
 
     sample: Tensor
-    timestep: Tensor | float | int
+    timestep: Timestep
     cond: dict
     null: dict
     cond_pred: Tensor
@@ -109,12 +111,29 @@ def first_readable(scheduler, steps: int) -> int:
     raise ValueError(f"steps: none of {steps} tells anything of the noise, at zero terminal SNR: ask for more")
 
 
+def require_finite(norms: Tensor, names: Sequence[str] | None = None) -> None:
+    """Of norms that can be read: one that is not finite is neither above a threshold nor below it.
+
+    Args:
+        norms: [B] or [B, S].
+        names: of the pictures; by default their numbers.
+
+    Raises:
+        ValueError: one is not finite; names the picture.
+    """
+    if bad := (~norms.isfinite()).reshape(len(norms), -1).any(1).nonzero().flatten().tolist():
+        which = "; ".join(names[row] if names else f"picture {row}" for row in bad[:3]) + ("; ..." if len(bad) > 3 else "")
+        raise ValueError(f"the norm is not finite of {which}: the weights are broken, or their precision does not hold what is "
+                         "predicted; load the model in float32")  # fmt: skip
+
+
 @contextmanager
-def hooked(pipeline, see: Callable[[Call | None], None]) -> Iterator[None]:
-    """Shows every call of the pipeline's denoiser to ``see``, None where it was made without guidance."""
+def hooked(pipeline, see: Callable[[Timestep, Call | None], None]) -> Iterator[None]:
+    """Shows every call of the pipeline's denoiser to ``see``: its timestep, and None where it was made without guidance."""
 
     def hook(module, args, kwargs, output):
-        see(Call.of(args, kwargs, output) if pipeline.do_classifier_free_guidance else None)
+        timestep = args[1] if len(args) > 1 else kwargs["timestep"]
+        see(timestep, Call.of(args, kwargs, output) if pipeline.do_classifier_free_guidance else None)
 
     handle = pipeline.unet.register_forward_hook(hook, with_kwargs=True)
     try:
@@ -138,7 +157,7 @@ def first_calls(pipeline, steps: int, **arguments) -> list[Call]:
     """
     calls: list[Call] = []
 
-    def see(call: Call | None) -> None:
+    def see(timestep: Timestep, call: Call | None) -> None:
         if call is None:
             raise UnguidedError("guidance_scale must be above 1: without guidance nothing is predicted for no prompt")
         calls.append(call)

@@ -12,7 +12,7 @@ import numpy as np
 
 from memfilter.files import atomic
 
-FORMAT = "memfilter clean norms 1"
+FORMAT, DIGITS = "memfilter clean norms 1", 6  # after the point
 
 
 def mean_norm(norms: np.ndarray, steps: int | None = None, seeds: int | None = None) -> np.ndarray:
@@ -41,18 +41,33 @@ def allowed_above(false_positive_rate: float, clean: int) -> int:
 class CleanNorms:
     """What a model answers to clean prompts.
 
+    All is rounded to what a file of it holds, so that thresholds are the same before and after.
+
     Args:
         norms: float [prompts, seeds, steps]; NaN where a step tells nothing of the noise.
         timesteps: [steps].
         about: how they were made (weights, prompts, scheduler, steps, guidance_scale, size): a prompt that is judged by them
             must be generated alike.
         cosines: of the last step, [prompts, seeds], for the rival ``anisotropy``; None where generations were broken off.
+
+    Raises:
+        ValueError: none of the steps can be read, or a norm or cosine is not finite though others of its step are.
     """
 
     norms: np.ndarray
     timesteps: np.ndarray
     about: dict
     cosines: np.ndarray | None = None
+
+    def __post_init__(self):
+        self.norms = np.round(np.asarray(self.norms, dtype=float), DIGITS)
+        readable = ~np.isnan(self.norms).all((0, 1))  # [steps]
+        if not readable.any():
+            raise ValueError("none of the clean prompts' norms can be read")
+        _require_finite("norm", self.norms[..., readable])
+        if self.cosines is not None:
+            self.cosines = np.round(np.asarray(self.cosines, dtype=float), DIGITS)
+            _require_finite("cosine", self.cosines)
 
     @property
     def first_readable(self) -> int:
@@ -91,9 +106,14 @@ class CleanNorms:
 
         A prompt that is exchangeable with the clean ones has p <= a with a probability of at most a (Vovk et al.,
         "Algorithmic Learning in a Random World", 2005, Proposition 2.4).
+
+        Raises:
+            ValueError: as `metric`, or one of those that are judged is not finite.
         """
-        clean = np.sort(self.metric(steps, seeds))
-        above = len(clean) - np.searchsorted(clean, np.asarray(metric), side="left")
+        clean, metric = np.sort(self.metric(steps, seeds)), np.asarray(metric)
+        if (bad := np.flatnonzero(~np.isfinite(metric))).size:
+            raise ValueError(f"the metric of prompt {bad[0]} is {metric.flat[bad[0]]}: it has no p-value")
+        above = len(clean) - np.searchsorted(clean, metric, side="left")
         return (1 + above) / (1 + len(clean))
 
     def band(self, quantiles: tuple[float, ...] = (0.05, 0.5, 0.95)) -> np.ndarray:
@@ -108,15 +128,17 @@ class CleanNorms:
         """Median norm of the first step that can be read."""
         return float(self.band((0.5,))[0, self.first_readable - 1])
 
-    def spread(self) -> tuple[float, float]:
-        """Standard deviation over clean prompts of the first norm and of the last cosine, means over the seeds.
+    def spread(self, seeds: int | None = None) -> tuple[float, float]:
+        """Standard deviation over clean prompts of the first norm and of the last cosine, means over the first seeds; over all
+        where fewer were calibrated.
 
         Raises:
             ValueError: there are no cosines.
         """
         if self.cosines is None:
             raise ValueError("the clean prompts' generations were broken off, anisotropy asks for whole ones: calibrate anew")
-        return float(self.norms[..., self.first_readable - 1].mean(1).std()), float(self.cosines.mean(1).std())
+        first = self.norms[..., self.first_readable - 1]
+        return float(first[:, :seeds].mean(1).std()), float(self.cosines[:, :seeds].mean(1).std())
 
     def require(self, about: dict) -> None:
         """Raises ValueError where a generation is made in another way than the clean ones were."""
@@ -143,19 +165,23 @@ class CleanNorms:
             norms, timesteps = (np.array(content[name], dtype=float) for name in ("norms", "timesteps"))
             if norms.ndim != 3 or not norms.size or norms.shape[2:] != timesteps.shape:
                 raise ValueError(f"norms {list(norms.shape)} and timesteps {list(timesteps.shape)} do not fit")
-            if np.isnan(norms).all():
-                raise ValueError("none of its norms can be read")
             cosines = None if content.get("cosines") is None else np.array(content["cosines"], dtype=float)
             if cosines is not None and cosines.shape != norms.shape[:2]:
                 raise ValueError(f"norms {list(norms.shape)} and cosines {list(cosines.shape)} do not fit")
             about = content["about"]
             if not isinstance(about, dict):
                 raise ValueError("about is no object")
+            return cls(norms, timesteps, about, cosines)
         except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
             raise ValueError(f"{path}: no norms of clean prompts ({' '.join(str(error).split())})") from error
-        return cls(norms, timesteps, about, cosines)
+
+
+def _require_finite(what: str, values: np.ndarray) -> None:
+    """[prompts, seeds, ...]"""
+    if len(bad := np.argwhere(~np.isfinite(values))):
+        raise ValueError(f"clean prompt {bad[0][0]}, seed {bad[0][1]}: a {what} is not finite")
 
 
 def _listed(values: np.ndarray) -> list:
     """For JSON, which has no NaN."""
-    return np.where(np.isnan(values), None, np.round(values.astype(float), 6).astype(object)).tolist()
+    return np.where(np.isnan(values), None, values.astype(object)).tolist()

@@ -82,6 +82,8 @@ def detect(
     more = {"batch_size": batch_size, "until": counted if quick else None}
     ground = chosen.clean_norms(clean_file, sampling, place.with_suffix(".clean.json"), rate=false_positive_rate, **more)
     ground.threshold(false_positive_rate, counted, seeds)
+    if "anisotropy" in rivals:
+        ground.spread(seeds)
     work = place.with_name(f".{place.stem}.parts")
     signals = chosen.measure([row["prompt"] for row in asked], sampling, work, rivals=rivals, measure=measured, **more)
     threshold, p_values = judge(signals, ground, false_positive_rate, counted)
@@ -109,6 +111,7 @@ def explain(
     at: list[int] | None = None,
     guidance_scale: float = 7.5,
     size: int | None = None,
+    batch_size: int = 16,
     colour: Literal["auto", "always", "never"] = "auto",
 ) -> None:
     """Show which words of a prompt its strong answer hangs on.
@@ -127,8 +130,10 @@ def explain(
             read. The paper takes all.
         guidance_scale: of classifier-free guidance, above 1.
         size: height and width in pixels; by default the run's, or what the model was made for.
+        batch_size: pictures at a time.
         colour: of the line; auto where the output is a terminal.
     """
+    from memfilter.data.prompts import require_prompt
     from memfilter.inference.detection import Sampling
     from memfilter.inference.models import Model
     from memfilter.inference.showing import bars, coloured, write_words
@@ -136,9 +141,11 @@ def explain(
 
     if out is not None and Path(out).suffix not in (".json", ".png"):
         raise ValueError(f"out: {out} must end in .json or .png")
+    _at_least(1, batch_size=batch_size)
+    require_prompt(prompt, "prompt")
     chosen = Model(model)
     sampling = Sampling(seeds, steps, guidance_scale, size or chosen.size)
-    words = token_significance(chosen.pipeline, prompt, sampling, at)
+    words = token_significance(chosen.pipeline, prompt, sampling, at, batch_size=batch_size)
     if not words:
         raise ValueError("prompt: it has no words")
     print(coloured(words, colour == "always" or (colour == "auto" and sys.stdout.isatty())))
@@ -189,6 +196,7 @@ def generate(
         size: height and width in pixels; by default the run's, or what the model was made for.
         batch_size: pictures at a time, of one prompt.
     """
+    from memfilter.data.prompts import require_prompt
     from memfilter.inference.detection import Sampling
     from memfilter.inference.generating import Mitigation, write_pictures
     from memfilter.inference.models import Model
@@ -199,6 +207,8 @@ def generate(
     Mitigation(mitigation, None, 1.0 if target is None else target, tokens)
     if (prompt is None) == (prompts is None):
         raise ValueError("prompt, prompts: name one of them")
+    if prompt is not None:
+        require_prompt(prompt, "prompt")
     chosen, place = Model(model), Path(out)
     texts = [prompt] if prompts is None else [row["prompt"] for row in asked_prompts(chosen, Path(prompts))]
     sampling = Sampling(seeds, steps, guidance_scale, size or chosen.size)
@@ -243,6 +253,9 @@ def app(
         host: address to listen at; 0.0.0.0 lets other machines in.
         port: to listen at; 0 for any that is free.
     """
+    if not 0 <= port < 2**16:
+        raise ValueError(f"port must be among 0 ... 65535, found {port}")
+
     from memfilter.inference.app import serve
     from memfilter.inference.detection import Sampling
     from memfilter.inference.models import SHIPPED_PROMPTS, Model

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 
 import numpy as np
 from tqdm import tqdm
 
+from memfilter.data.shards import printable
 from memfilter.eval.copies import PIXELS, Measure
 from memfilter.eval.generate import Job, arguments_of, generate_batch
 from memfilter.eval.parts import Parts, fingerprint
@@ -45,16 +47,27 @@ class Sampling:
 
     def facts(self, pipeline) -> dict:
         """What norms depend on beside prompt and seed. Reads all weights."""
-        scheduler = pipeline.scheduler
+        settings = json.loads(pipeline.scheduler.to_json_string())  # as they are in a file of clean norms, in order
         return {name: value for name, value in asdict(self).items() if name != "seeds"} | {
-            "scheduler": type(scheduler).__name__,
-            "prediction_type": scheduler.config.prediction_type,
+            "scheduler": type(pipeline.scheduler).__name__,
+            **{f"scheduler.{name}": value for name, value in settings.items() if not name.startswith("_")},
             "weights": weights_digest(*(getattr(pipeline, name, None) for name in _MODELS)),
         }
 
     def first_readable(self, pipeline) -> int:
         """Steps until the first whose norm can be read; ValueError where there is none."""
         return first_readable(pipeline.scheduler, self.steps)
+
+
+def jobs_of(number: int, prompt: str, seeds: int, batch_size: int) -> list[list[Job]]:
+    """All seeds of one prompt, so many at a time."""
+    jobs = [Job(number, prompt, seed) for seed in range(seeds)]
+    return [jobs[start : start + batch_size] for start in range(0, seeds, batch_size)]
+
+
+def names_of(jobs: Sequence[Job]) -> list[str]:
+    """Of pictures, for messages."""
+    return [f"prompt '{printable(job.prompt)[:100]}', seed {job.seed}" for job in jobs]
 
 
 @dataclass
@@ -91,7 +104,7 @@ class Signals:
             if clean is None:
                 raise ValueError("anisotropy asks for norms of clean prompts")
             first = self.norms[:, :seeds, clean.first_readable - 1].mean(1)
-            return anisotropy(first, raw[..., -1].mean(1), clean.spread())
+            return anisotropy(first, raw[..., -1].mean(1), clean.spread(raw.shape[1]))
         return density(raw[:, :, :seeds])
 
 
@@ -123,7 +136,7 @@ def measure_prompts(
         progress: whether to show a bar.
 
     Raises:
-        ValueError: an unknown rival, or guidance is off.
+        ValueError: an unknown rival, guidance is off, or a norm is not finite; names prompt and seed.
     """
     require_rivals(rivals, sampling.seeds)
     if until is not None and rivals:
@@ -164,7 +177,7 @@ def require_rivals(rivals: Sequence[str], seeds: int) -> None:
 
 def _measure_batch(pipeline, batch: list[Job], sampling: Sampling, rivals: Sequence[str], until: int | None) -> dict:
     form = (sampling.steps, sampling.guidance_scale, sampling.size)
-    with watch(pipeline, cosine="anisotropy" in rivals) as seen:
+    with watch(pipeline, cosine="anisotropy" in rivals, names=names_of(batch)) as seen:
         if until is None:
             pictures = generate_batch(pipeline, batch, *form)
         else:

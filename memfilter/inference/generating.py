@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import json
 import math
+import re
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
+import torch
 from PIL import Image
 
-from memfilter.eval.generate import Job, arguments_of
+from memfilter.eval.generate import Job, arguments_of, unchecked
 from memfilter.files import atomic
-from memfilter.inference.calls import Call, first_calls
-from memfilter.inference.detection import Sampling
+from memfilter.inference.calls import Call, first_calls, require_finite
+from memfilter.inference.detection import Sampling, jobs_of, names_of
 from memfilter.inference.mitigation import add_random_tokens, adjusted_call
 from memfilter.inference.models import Model
 from memfilter.inference.watching import watch
@@ -72,17 +75,23 @@ def generate_prompt(
 ) -> Generated:
     """All seeds of one prompt; the noise is that of the prompt's number, whatever is done.
 
+    A safety checker is set aside, as where prompts are detected and runs evaluated: in black pictures nobody sees a copy.
+
     Args:
         batch_size: pictures at a time.
+
+    Raises:
+        ValueError: a norm is not finite; names prompt and seed.
     """
     form, first = (sampling.steps, sampling.guidance_scale, sampling.size), sampling.first_readable(pipeline)
-    seeds = [range(start, min(start + batch_size, sampling.seeds)) for start in range(0, sampling.seeds, batch_size)]
-    batches = [[Job(number, prompt, seed) for seed in some] for some in seeds]
+    batches = jobs_of(number, prompt, sampling.seeds, batch_size)
     calls: list[Call | None] = [None] * len(batches)
     acting = how.kind != "none"
     if acting:
         calls = [first_calls(pipeline, first, **arguments_of(jobs, *form))[-1] for jobs in batches]
-        before = np.concatenate([call.norm(pipeline.scheduler).float().cpu().numpy() for call in calls])
+        norms = torch.cat([call.norm(pipeline.scheduler) for call in calls])
+        require_finite(norms, [name for jobs in batches for name in names_of(jobs)])
+        before = norms.float().cpu().numpy()
         acting = how.threshold is None or float(before.mean()) >= how.threshold
     found = [_batch(pipeline, jobs, call, form, how if acting else Mitigation()) for jobs, call in zip(batches, calls, strict=True)]
     pictures, norms, iterations, shown = (np.concatenate(values) for values in zip(*found, strict=True))
@@ -97,21 +106,24 @@ def _batch(pipeline, jobs: list[Job], call: Call | None, form: tuple, how: Mitig
         jobs = [job._replace(prompt=add_random_tokens(pipeline.tokenizer, job, how.tokens)) for job in jobs]
         arguments = arguments_of(jobs, *form)
     elif how.kind == "prompt":
-        adjusted = adjusted_call(pipeline, call, how.target)
+        adjusted = adjusted_call(pipeline, call, how.target, names=names_of(jobs))
         iterations = adjusted.iterations.numpy()
         arguments = {name: value for name, value in arguments.items() if name != "prompt"} | adjusted.arguments()
-    with watch(pipeline) as seen:
+    with unchecked(pipeline), watch(pipeline, names=names_of(jobs)) as seen:
         images = pipeline(**arguments).images
     return np.round(images * 255).astype(np.uint8), seen.norms.numpy(), iterations, np.array([job.prompt for job in jobs], object)
 
 
 def write_pictures(model: Model, prompts: list[str], sampling: Sampling, how: Mitigation, out: Path, batch_size: int = 16) -> int:
-    """A PNG for each prompt and seed, and at the end ``pictures.jsonl``; what was interrupted goes on where it was.
+    """A PNG for each prompt and seed, and at the end ``pictures.jsonl``; what was interrupted goes on where it was. What
+    another call had made there goes.
 
     Returns:
         For how many prompts something was changed.
     """
     out.mkdir(parents=True, exist_ok=True)
+    if model.state.is_main_process:  # the others begin when it has made the parts
+        _forget(out, {_name(number, seed) for number in range(len(prompts)) for seed in range(sampling.seeds)})
     parts = model.parts(out / ".parts", "generate", sampling, prompts=prompts, how=asdict(how), batch_size=batch_size)
 
     def work(number: int) -> dict[str, np.ndarray]:
@@ -128,6 +140,17 @@ def write_pictures(model: Model, prompts: list[str], sampling: Sampling, how: Mi
             partial.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     parts.remove()
     return sum(any(row["mitigation"] != "none" for row in rows[at : at + sampling.seeds]) for at in range(0, len(rows), sampling.seeds))
+
+
+def _forget(out: Path, again: set[str]) -> None:
+    """Removes ``pictures.jsonl`` and the pictures that it lists, but for those that are made again."""
+    listed = out / "pictures.jsonl"
+    with suppress(FileNotFoundError):
+        # the file may come from anywhere: what has no name of a picture is not touched
+        for name in re.findall(r'^{"file": "(\d{5,}-\d{2,}\.png)"', listed.read_text("utf-8", "replace"), re.MULTILINE):
+            if name not in again:
+                (out / name).unlink(missing_ok=True)
+        listed.unlink()
 
 
 def _name(number: int, seed: int) -> str:

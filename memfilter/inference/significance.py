@@ -10,9 +10,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from memfilter.eval.generate import Job, arguments_of
-from memfilter.inference.calls import Call, first_calls
-from memfilter.inference.detection import Sampling
+from memfilter.eval.generate import arguments_of
+from memfilter.inference.calls import Call, first_calls, require_finite
+from memfilter.inference.detection import Sampling, jobs_of, names_of
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,12 @@ class Word:
 
 
 def token_significance(
-    pipeline, prompt: str, sampling: Sampling = Sampling(), steps: Sequence[int] | None = None, number: int = 0
+    pipeline,
+    prompt: str,
+    sampling: Sampling = Sampling(),
+    steps: Sequence[int] | None = None,
+    number: int = 0,
+    batch_size: int = 16,
 ) -> list[Word]:
     """How much each word has to do with a prompt's norm.
 
@@ -44,12 +49,13 @@ def token_significance(
         steps: of the sampler, counted from 0, at which the gradient is taken; the paper takes all. By default the first that
             can be read, which costs least and is where mitigation acts.
         number: of the prompt, which tells the noise (`memfilter.eval.generate.Job`).
+        batch_size: pictures at a time.
 
     Returns:
         The prompt's words, in order.
 
     Raises:
-        ValueError: a step that the sampler does not make, or whose norm cannot be read.
+        ValueError: a step that the sampler does not make, or whose norm cannot be read or is not finite.
     """
     first = sampling.first_readable(pipeline) - 1
     steps = (first,) if steps is None else tuple(steps)
@@ -57,25 +63,32 @@ def token_significance(
         raise ValueError(f"steps: the norm of the first cannot be read, at zero terminal SNR: begin with {first}")
     if not steps or min(steps) < 0 or max(steps) >= sampling.steps:
         raise ValueError(f"steps must be among 0 ... {sampling.steps - 1}, found {', '.join(map(str, steps)) or 'none'}")
-    jobs = [Job(number, prompt, seed) for seed in range(sampling.seeds)]
-    arguments = arguments_of(jobs, sampling.steps, sampling.guidance_scale, sampling.size)
-    calls = first_calls(pipeline, max(steps) + 1, **arguments)
-    with frozen(pipeline.unet):
-        gradients = [embedding_gradient(pipeline, calls[step])[1] for step in steps]  # [S, L, D] each
-    scores = torch.stack([gradient.float().norm(dim=-1).mean(0) for gradient in gradients]).mean(0)  # [L]
-    return words_of(pipeline.tokenizer, prompt, scores.tolist())
+    scores, form = [], (sampling.steps, sampling.guidance_scale, sampling.size)
+    for jobs in jobs_of(number, prompt, sampling.seeds, batch_size):
+        calls = first_calls(pipeline, max(steps) + 1, **arguments_of(jobs, *form))
+        with frozen(pipeline.unet):
+            found = [embedding_gradient(pipeline, calls[step], names=names_of(jobs))[1] for step in steps]  # [B, L, D] each
+        scores.append(torch.stack([gradient.float().norm(dim=-1) for gradient in found]).mean(0))  # [B, L]
+    return words_of(pipeline.tokenizer, prompt, torch.cat(scores).mean(0).tolist())
 
 
-def embedding_gradient(pipeline, call: Call, prompt_embeds: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def embedding_gradient(
+    pipeline, call: Call, prompt_embeds: Tensor | None = None, names: Sequence[str] | None = None
+) -> tuple[Tensor, Tensor]:
     """The norm of every sample, [B], and its gradient with respect to the prompt's embedding, [B, L, D].
 
     Args:
         prompt_embeds: another embedding than the call's, [B, L, D].
+        names: of the pictures, for error messages; by default their numbers.
+
+    Raises:
+        ValueError: a norm is not finite.
     """
     embeds = (call.cond["encoder_hidden_states"] if prompt_embeds is None else prompt_embeds).detach().clone()
     with torch.enable_grad():
         embeds.requires_grad_()
         norm = call.norm(pipeline.scheduler, call.cond_again(pipeline.unet, embeds))
+        require_finite(norm.detach(), names)
         (gradient,) = torch.autograd.grad(norm.sum(), embeds)  # samples do not meet, so each row is its own gradient
     return norm.detach(), gradient
 
@@ -105,12 +118,8 @@ def words_of(tokenizer, prompt: str, scores: Sequence[float]) -> list[Word]:
     if not getattr(tokenizer, "is_fast", False):
         raise ValueError(f"{type(tokenizer).__name__} does not say where in the prompt its tokens stand: use a fast one")
     encoded = tokenizer(prompt, truncation=True, max_length=len(scores), return_offsets_mapping=True)
-    special = {*tokenizer.all_special_ids}
-    placed = [
-        (place, begin, end)
-        for place, (token, (begin, end)) in enumerate(zip(encoded["input_ids"], encoded["offset_mapping"], strict=True))
-        if token not in special and end > begin
-    ]
+    # what is put around the prompt stands nowhere in it; an unknown token does, and its id may be that of the end (CLIP)
+    placed = [(place, begin, end) for place, (begin, end) in enumerate(encoded["offset_mapping"]) if end > begin]
     words = []
     for match in re.finditer(r"\S+", prompt):
         tokens = tuple((prompt[b:e], float(scores[p])) for p, b, e in placed if match.start() <= b < match.end())

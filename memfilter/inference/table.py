@@ -38,16 +38,27 @@ def asked_prompts(model: Model, file: Path | None, taken: set[str] = frozenset()
     names = dict.fromkeys(name for row in rows for name in row)
     if both := taken & {*names}:
         raise ValueError(f"prompts: {file} has a column {min(both)}, which is a name of what is measured: call it otherwise")
-    return [dict(zip(names, values, strict=True)) for values in zip(*(_of_one_kind(rows, name) for name in names), strict=True)]
+    columns = {_encodable(name): _of_one_kind(rows, name) for name in names}
+    return [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
 
 
 def _of_one_kind(rows: list[dict], name: str) -> list:
     """Values that Parquet and JSON take: as they are, or as text; None where there is none, or no number."""
     values = [None if (value := row.get(name)) != value else value for row in rows]
     kinds = {type(value) for value in values} - {type(None)}
-    as_text = len(kinds) > 1 or not kinds <= {str, int, float, bool} or any(
-        isinstance(value, int | float) and abs(value) >= 2**63 for value in values)  # fmt: skip
-    return [None if value is None else str(value) for value in values] if as_text else values
+    mixed = kinds == {int, float}
+    largest = 2**53 if mixed else 2**63  # up to there a float, and Parquet, have every whole number
+    if all(abs(value) < largest for value in values if isinstance(value, int | float)):
+        if mixed:
+            return [value if value is None else float(value) for value in values]
+        if kinds in ({int}, {float}, {bool}):
+            return values
+    return [None if value is None else _encodable(str(value)) for value in values]
+
+
+def _encodable(text: str) -> str:
+    """Halves of characters, which JSON has and Parquet has not, are written out."""
+    return text.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
 def measured_names(first: int) -> set[str]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from memfilter.functional import text_cosine, text_norm
-from memfilter.inference.calls import Call, UnguidedError, hooked, readable_factor
+from memfilter.inference.calls import Call, Timestep, UnguidedError, hooked, readable_factor, require_finite
 
 
 class MemorizationDetected(RuntimeError):
@@ -37,6 +37,7 @@ class Generation:
     """
 
     _scheduler: object
+    _names: Sequence[str] | None = None
     _timesteps: list = field(default_factory=list)
     _norms: list[Tensor] = field(default_factory=list)
     _cosines: list[Tensor] = field(default_factory=list)
@@ -49,9 +50,15 @@ class Generation:
 
     @property
     def norms(self) -> Tensor:
-        """Of the text-conditional noise prediction, fp32 [B, S]; NaN where the prediction tells nothing of the noise."""
+        """Of the text-conditional noise prediction, fp32 [B, S]; NaN where the prediction tells nothing of the noise.
+
+        Raises:
+            ValueError: one that can be read is not finite; names the picture.
+        """
         factors = torch.tensor([readable_factor(self._scheduler, t) for t in self._timesteps])
-        return torch.stack(self._norms, dim=1).cpu() * factors
+        norms = torch.stack(self._norms, dim=1).cpu()
+        require_finite(norms[:, factors.isfinite()], self._names)
+        return norms * factors
 
     @property
     def cosines(self) -> Tensor:
@@ -87,6 +94,7 @@ def watch(
     on_memorized: Callable[[MemorizationDetected], None] | None = None,
     cosine: bool = False,
     unit: str = "l2",
+    names: Sequence[str] | None = None,
 ) -> Iterator[Watch]:
     """Reads the norms of all generations of a pipeline meanwhile; the pictures are bit for bit what they would be.
 
@@ -110,9 +118,10 @@ def watch(
             generation.
         cosine: whether ``cosines`` are measured too (`memfilter.functional.text_cosine`).
         unit: of the norms, ``l2`` or ``rms``.
+        names: of the pictures, for error messages; by default their numbers.
 
     Raises:
-        ValueError: after or images_per_prompt do not fit the generation.
+        ValueError: after or images_per_prompt do not fit the generation, or a norm that is compared is not finite.
         UnguidedError: a generation begins without guidance (guidance_scale of 1 or less).
         MemorizationDetected: see ``threshold``.
     """
@@ -120,16 +129,17 @@ def watch(
         raise ValueError(f"after and images_per_prompt must be at least 1, found {after} and {images_per_prompt}")
     seen, open_generation = Watch(), None
 
-    def see(call: Call | None) -> None:
+    def see(timestep: Timestep, call: Call | None) -> None:
         nonlocal open_generation
+        begins = open_generation is None or _ended(open_generation, timestep, pipeline)
         if call is None:
-            if open_generation is None:
+            if begins:
                 raise UnguidedError("watch needs guidance_scale above 1: without guidance nothing is predicted for no prompt")
             return  # guidance was switched off on the way
-        if open_generation is None or _ended(open_generation, call, pipeline):
+        if begins:
             if threshold is not None:
                 _require_fit(call, pipeline, after, images_per_prompt)
-            open_generation = Generation(pipeline.scheduler)
+            open_generation = Generation(pipeline.scheduler, names)
             seen.generations.append(open_generation)
         with torch.no_grad():
             open_generation._timesteps.append(call.timestep)
@@ -156,9 +166,9 @@ def _require_fit(call: Call, pipeline, after: int, images_per_prompt: int) -> No
         raise ValueError(f"after is {after}, the generation has {pipeline.num_timesteps} steps")
 
 
-def _ended(generation: Generation, call: Call, pipeline) -> bool:
-    """Whether a call belongs to another generation: the last one has made all its steps, or was broken off."""
-    before, now = generation._timesteps[-1], call.timestep
+def _ended(generation: Generation, now: Timestep, pipeline) -> bool:
+    """Whether a timestep belongs to another generation: the last one has made all its steps, or was broken off."""
+    before = generation._timesteps[-1]
     if isinstance(before, Tensor) and isinstance(now, Tensor):  # a generation's are slices of one tensor
         return before.untyped_storage().data_ptr() != now.untyped_storage().data_ptr()
     return len(generation._norms) >= pipeline.num_timesteps

@@ -26,5 +26,19 @@ def zero_snr(tmp_path_factory):
 
 
 @pytest.fixture
+def broken(sd1):
+    """A denoiser that answers NaN for the last picture of every batch."""
+
+    def spoil(module, args, output):
+        sample = output[0].clone()
+        sample[-1] = float("nan")
+        return (sample,)
+
+    handle = sd1.unet.register_forward_hook(spoil)
+    yield sd1
+    handle.remove()
+
+
+@pytest.fixture
 def rng():
     return np.random.default_rng(0)

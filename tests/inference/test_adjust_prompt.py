@@ -100,6 +100,26 @@ def test_nonsense_is_refused(sd1, target, iterations):
         adjust(sd1, JOBS, target, SAMPLING, iterations=iterations)
 
 
+def test_norm_that_is_not_finite_is_no_target_met(broken):
+    with pytest.raises(ValueError, match="not finite of prompt 'a cat on the moon', seed 1:"):  # of its generator
+        adjust(broken, JOBS, 1e9)
+
+
+def test_embedding_that_moves_out_of_what_is_finite_is_no_target_met(sd1):
+    given = first(sd1).cond["encoder_hidden_states"]
+
+    def overflow(module, args, kwargs, output):
+        moved = len(args[0]) == len(given) and not torch.equal(kwargs["encoder_hidden_states"], given)
+        return (output[0] * float("inf"),) if moved else None
+
+    handle = sd1.unet.register_forward_hook(overflow, with_kwargs=True)
+    try:
+        with pytest.raises(ValueError, match="not finite of prompt 'a red dog', seed 0; "):
+            adjust(sd1, JOBS, 1e-6, iterations=1)
+    finally:
+        handle.remove()
+
+
 def test_random_tokens_are_drawn_from_the_seed_and_leave_the_words_in_order(sd1):
     jobs = [Job(0, "a red dog on a hill", seed) for seed in range(3)]
     changed = [add_random_tokens(sd1.tokenizer, job, 4) for job in jobs]

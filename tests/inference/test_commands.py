@@ -1,6 +1,7 @@
 """The commands, on real files and tiny pipelines."""
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -102,6 +103,9 @@ def test_quick_detection_says_the_same_of_the_first_steps(directory, clean_file,
         assert other["p_value"] == one["p_value"]
     assert main(detect(directory, files / "quick.clean.json", files / "c.jsonl", "--first=0")) == 1
     assert "broken off after 2 steps, all are asked" in capsys.readouterr().err
+    assert main(detect(directory, files / "quick.clean.json", files / "c.jsonl", "--rivals=[anisotropy]")) == 1
+    assert "anisotropy asks for whole ones" in capsys.readouterr().err
+    assert not list(files.glob(".c.parts"))  # nothing was begun
 
 
 def test_two_processes_find_what_one_does(directory, clean_file, files):
@@ -142,6 +146,20 @@ def test_wrong_model_is_said_in_one_line(files, capsys):
                     ["generate", "absent", str(files / "out"), "--prompt=a cat"]):  # fmt: skip
         assert main(command) == 1
         assert "absent is not a pipeline directory" in capsys.readouterr().err
+    for content in ("{}", "[]", "no JSON", '{"config": {"data": []}}', '{"config": {"data": {}}}'):
+        (files / "summary.json").write_text(content)
+        assert main(["explain", str(files), "a cat"]) == 1
+        assert f"error: {files}: its summary.json is not that of a run" in capsys.readouterr().err
+
+
+def test_words_of_the_command_line_that_cannot_be_used_are_said_in_one_line(directory, tmp_path, capsys):
+    prompt = os.fsdecode(b"\xff cat")  # as a shell hands it over
+    for command in (["explain", str(directory), prompt], generate(directory, tmp_path / "out", f"--prompt={prompt}")):
+        assert main(command) == 1
+        assert "error: prompt: a prompt with half of a character" in capsys.readouterr().err
+    for port in (-1, 65536):
+        assert main(["app", str(directory), f"--port={port}"]) == 1
+        assert f"error: port must be among 0 ... 65535, found {port}" in capsys.readouterr().err
 
 
 def test_words_are_shown_in_every_form(directory, tmp_path, capsys):
@@ -275,13 +293,15 @@ def test_embedded_model_comes_with_norms_that_are_its_own():
 
 
 def test_columns_are_carried_along_and_those_of_their_own_refused(directory, clean_file, files, capsys):
-    lines = [{"prompt": "a", "big": 2**70}, {"prompt": "b", "note": 1, "share": float("nan")},
+    half = "\ud800"  # which JSON has and UTF-8 has not
+    lines = [{"prompt": "a", "big": 2**70, "share": 1, "url": half}, {"prompt": "b", "note": 1, "share": float("nan"), half: 2},
              {"prompt": "c", "note": "x", "share": 0.5, "more": {"y": [1]}}]  # fmt: skip
     (files / "prompts.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     assert main(detect(directory, clean_file, files / "out.parquet")) == 0
     rows = pq.read_table(files / "out.parquet").to_pylist()
     assert [(row["note"], row["more"]) for row in rows] == [(None, None), ("1", None), ("x", "{'y': [1]}")]
-    assert [row["share"] for row in rows] == [None, None, 0.5] and rows[0]["big"] == str(2**70)
+    assert [row["share"] for row in rows] == [1.0, None, 0.5] and rows[0]["big"] == str(2**70)
+    assert rows[0]["url"] == r"\ud800" and rows[1][r"\ud800"] == 2
     (files / "prompts.jsonl").write_text('{"prompt": "a", "p_value": 1}\n')
     assert main(detect(directory, clean_file, files / "other.jsonl")) == 1
     assert "has a column p_value, which is a name of what is measured" in capsys.readouterr().err
@@ -324,3 +344,31 @@ def test_generation_that_was_interrupted_goes_on(directory, files, monkeypatch):
     assert names == sorted(path.name for path in (files / "out").iterdir()) and len(names) == 9
     for name in names:
         assert (files / "out" / name).read_bytes() == (files / "whole" / name).read_bytes()
+
+
+def test_mitigation_that_was_interrupted_goes_on(directory, clean_file, files, monkeypatch):
+    settings = [f"--prompts={files / 'prompts.jsonl'}", "--mitigation=prompt", f"--clean={clean_file}",
+                "--false_positive_rate=0.5"]  # fmt: skip
+    assert main(generate(directory, files / "whole", *settings)) == 0
+    calls = interrupted_after(3, monkeypatch, generating, "generate_prompt")
+    assert main(generate(directory, files / "out", *settings)) == 130
+    assert main(generate(directory, files / "out", *settings)) == 0
+    assert len(calls) == 5  # of four prompts; the third was begun twice
+    assert (files / "out" / "pictures.jsonl").read_text() == (files / "whole" / "pictures.jsonl").read_text()
+
+
+def test_pictures_of_another_call_give_way_and_no_other_file(directory, files, monkeypatch):
+    out, listed = files / "out", files / "out" / "pictures.jsonl"
+    assert main(generate(directory, out, f"--prompts={files / 'prompts.jsonl'}")) == 0
+    (out / "own.png").touch()
+    (out / "00009-00.png").touch()  # not listed
+    names = ["own.png", "../prompts.jsonl", str(files / "prompts.jsonl"), "../out/00009-00.png", 3]
+    hostile = "".join(json.dumps({"file": name}) + "\n" for name in names)
+    listed.write_bytes(b"\xff{\n" + hostile.encode() + listed.read_bytes())
+    interrupted_after(1, monkeypatch, generating, "generate_prompt")
+    assert main(generate(directory, out, "--prompt=a cat", "--seeds=1")) == 130
+    kept = {"00000-00.png", "00009-00.png", "own.png"}
+    assert {path.name for path in out.iterdir()} == kept | {".parts"} and (files / "prompts.jsonl").exists()
+    assert main(generate(directory, out, "--prompt=a cat", "--seeds=1")) == 0
+    assert {path.name for path in out.iterdir()} == kept | {"pictures.jsonl"}
+    assert [row["prompt"] for row in launching.lines(listed)] == ["a cat"]

@@ -6,11 +6,15 @@ import json
 import numpy as np
 import pytest
 import torch
+from diffusers import DDIMScheduler, DPMSolverMultistepScheduler
 from scipy import stats
 
 from memfilter.eval.copies import PIXELS
 from memfilter.eval.generate import Job, arguments_of, generate_batch, generator_of
-from memfilter.inference import CleanNorms, Sampling, clean_norms, judge, measure_prompts, watch
+from memfilter.inference import CleanNorms, Sampling, clean_norms, judge, measure_prompts, rivals, token_significance, watch
+from memfilter.inference.calls import first_calls
+from memfilter.inference.generating import Mitigation, generate_prompt
+from memfilter.inference.detection import Signals
 from memfilter.inference.rivals import RIVALS, anisotropy, density, distances, fresh_generator, own_loss, tiled_distance
 
 SAMPLING = Sampling(seeds=3, steps=4, guidance_scale=5.0, size=16)
@@ -87,6 +91,10 @@ def test_anisotropy_weighs_both_by_their_spread_among_clean_prompts(rng):
     norms, cosines = rng.normal(5, 2, (50, 3, 4)), rng.normal(0, 0.1, (50, 3))
     clean = CleanNorms(norms, np.arange(4.0), {}, cosines)
     assert clean.spread() == pytest.approx((norms[..., 0].mean(1).std(), cosines.mean(1).std()))
+    assert clean.spread(2) == pytest.approx((norms[:, :2, 0].mean(1).std(), cosines[:, :2].mean(1).std()))
+    signals = Signals([""] * 50, np.arange(4.0), norms, {"anisotropy": cosines[..., None]})
+    expected = norms[:, 0, 0] / norms[:, 0, 0].std() + cosines[:, 0] / cosines[:, 0].std()
+    np.testing.assert_allclose(signals.rival("anisotropy", 1, clean), expected, atol=1e-4)
     assert anisotropy(np.array([3.0]), np.array([0.5]), (2.0, 0.1)) == pytest.approx([6.5])
     with pytest.raises(ValueError, match="asks for whole ones"):
         CleanNorms(norms, np.arange(4.0), {}).spread()
@@ -101,6 +109,22 @@ def test_loss_is_that_of_the_training_objective_on_the_own_picture(pipeline):
     np.testing.assert_allclose(again, found[1:], rtol=1e-3)
     other = own_loss(pipeline, batch, pictures[::-1].copy(), FORM)
     assert not np.allclose(found, other)
+
+
+def test_loss_at_a_known_noise(pipeline, monkeypatch):
+    """Against the objective written out once more, at one timestep; noising and target are the scheduler's."""
+    batch = [Job(0, PROMPTS[0], 0)]
+    pictures = generate_batch(pipeline, batch, *FORM)
+    monkeypatch.setattr(rivals, "LOSS_AT", (300,))
+    found, scheduler, at = own_loss(pipeline, batch, pictures, FORM), pipeline.scheduler, torch.tensor([300])
+    with torch.no_grad():
+        pixels = torch.from_numpy(pictures / 127.5 - 1).permute(0, 3, 1, 2).float()
+        latents = pipeline.vae.encode(pixels).latent_dist.mean * pipeline.vae.config.scaling_factor
+        noise = torch.randn(latents.shape, generator=fresh_generator(batch[0], 0))
+        target = noise if scheduler.config.prediction_type == "epsilon" else scheduler.get_velocity(latents, noise, at)
+        cond = first_calls(pipeline, 1, **arguments_of(batch, *FORM))[0].cond | {"return_dict": True}
+        pred = pipeline.unet(scheduler.add_noise(latents, noise, at), 300, **cond).sample
+    assert found[0] == pytest.approx(float(((pred - target) ** 2).mean()), rel=1e-4)
 
 
 def test_noise_of_the_loss_is_not_what_the_picture_was_made_from():
@@ -145,7 +169,7 @@ def test_zero_terminal_snr_is_judged_by_later_steps(zero_snr):
     assert np.isfinite(signals.rival("anisotropy", clean=ground)).all()
 
 
-def test_safety_checker_is_set_aside_where_pictures_are_measured(sd1):
+def test_safety_checker_is_set_aside_where_pictures_are_measured_or_looked_at(sd1):
     plain = measure_prompts(sd1, PROMPTS, SAMPLING, rivals=RIVALS, progress=False)
     checked = copy.copy(sd1)
     checked.safety_checker = Blackening()
@@ -153,6 +177,8 @@ def test_safety_checker_is_set_aside_where_pictures_are_measured(sd1):
     assert isinstance(checked.safety_checker, Blackening)
     np.testing.assert_allclose(found.norms, plain.norms)
     np.testing.assert_allclose(found.rival("density_l2"), plain.rival("density_l2"))
+    pictures = [generate_prompt(one, PROMPTS[0], SAMPLING).pictures for one in (sd1, checked)]
+    np.testing.assert_array_equal(*pictures)
 
 
 class Blackening(torch.nn.Module):
@@ -179,12 +205,17 @@ def test_file_holds_all_of_it_and_other_files_are_refused(tmp_path):
     ground.save(tmp_path / "clean.json")
     again = CleanNorms.load(tmp_path / "clean.json")
     np.testing.assert_allclose(again.norms, ground.norms, atol=1e-6)
+    measured = CleanNorms(ground.norms.astype(np.float32), ground.timesteps, ground.about)
+    assert (measured.threshold(0.01), measured.usual) == (again.threshold(0.01), again.usual)
     assert again.about == ground.about and not np.isnan(again.metric()).any()
     again.require({"steps": 5})
     with pytest.raises(ValueError, match="steps 5 and 50"):
         again.require({"steps": 50})
     valid = json.loads((tmp_path / "clean.json").read_text(), parse_constant=pytest.fail)  # NaN is no JSON
-    broken = [valid | change for change in ({"norms": []}, {"about": 3}, {"cosines": [1]}, {"norms": [[[None] * 5]]})]
+    norms = json.loads(json.dumps(valid["norms"]))
+    norms[1][2][3] = None  # though others of its step can be read
+    changes = ({"norms": []}, {"about": 3}, {"cosines": [1]}, {"norms": [[[None] * 5]]}, {"norms": norms})
+    broken = [valid | change for change in changes]
     broken.append({name: value for name, value in valid.items() if name != "about"})
     for content in ("", "[]", "{}", *map(json.dumps, broken)):
         (tmp_path / "other.json").write_text(content)
@@ -207,24 +238,46 @@ def test_without_guidance_nothing_can_be_measured():
         Sampling(guidance_scale=1.0)
 
 
-def test_loss_at_a_known_noise(sd1):
-    """Against the objective written out once more, at one timestep."""
-    batch = [Job(0, PROMPTS[0], 0)]
-    pictures = generate_batch(sd1, batch, *FORM)
-    from memfilter.inference import rivals
-    from memfilter.inference.calls import first_calls
+@pytest.mark.parametrize(
+    "work",
+    [
+        lambda pipeline: measure_prompts(pipeline, PROMPTS, SAMPLING, batch_size=3, progress=False),
+        lambda pipeline: measure_prompts(pipeline, PROMPTS, SAMPLING, batch_size=3, until=1, progress=False),
+        lambda pipeline: generate_prompt(pipeline, PROMPTS[0], SAMPLING),
+        lambda pipeline: generate_prompt(pipeline, PROMPTS[0], SAMPLING, Mitigation("prompt", 1e9, 1.0)),
+        lambda pipeline: token_significance(pipeline, PROMPTS[0], SAMPLING),
+    ],
+)
+def test_norm_that_is_not_finite_is_an_error_that_names_prompt_and_seed(broken, work):
+    with pytest.raises(ValueError, match="not finite of prompt 'a red dog', seed 2:"):
+        work(broken)
 
-    at = rivals.LOSS_AT
-    try:
-        rivals.LOSS_AT = (300,)
-        found = own_loss(sd1, batch, pictures, FORM)
-    finally:
-        rivals.LOSS_AT = at
-    with torch.no_grad():
-        pixels = torch.from_numpy(pictures / 127.5 - 1).permute(0, 3, 1, 2).float()
-        latents = sd1.vae.encode(pixels).latent_dist.mean * sd1.vae.config.scaling_factor
-        noise = torch.randn(latents.shape, generator=fresh_generator(batch[0], 0))
-        noisy = sd1.scheduler.add_noise(latents, noise, torch.tensor([300]))
-        embeds = first_calls(sd1, 1, **arguments_of(batch, *FORM))[0].cond["encoder_hidden_states"]
-        pred = sd1.unet(noisy, 300, encoder_hidden_states=embeds).sample
-    assert found[0] == pytest.approx(float(((pred - noise) ** 2).mean()), rel=1e-4)
+
+def test_norms_that_are_not_finite_are_no_ground_and_have_no_p_value():
+    ground = clean()
+    with pytest.raises(ValueError, match="the metric of prompt 1 is nan"):
+        ground.p_values(np.array([1.0, np.nan]))
+    for value in (np.nan, np.inf):
+        norms = ground.norms.copy()
+        norms[2, 3, 1] = value
+        with pytest.raises(ValueError, match="clean prompt 2, seed 3: a norm is not finite"):
+            CleanNorms(norms, ground.timesteps, {})
+    with pytest.raises(ValueError, match="none of the clean prompts' norms can be read"):
+        CleanNorms(np.full_like(ground.norms, np.nan), ground.timesteps, {})
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes"),
+    [(DDIMScheduler, {"timestep_spacing": "trailing"}), (DPMSolverMultistepScheduler, {"use_karras_sigmas": True})],
+)
+def test_clean_norms_under_other_settings_of_the_scheduler_are_refused(sd1, kind, changes):
+    made, other = (copy.copy(sd1) for _ in range(2))
+    made.register_modules(scheduler=kind.from_config(sd1.scheduler.config))
+    other.register_modules(scheduler=kind.from_config(sd1.scheduler.config, **changes))
+    facts = SAMPLING.facts(made)
+    assert json.loads(json.dumps(facts)) == facts and not any("._" in name for name in facts)
+    ground = CleanNorms(clean().norms, clean().timesteps, facts)
+    ground.require(SAMPLING.facts(made))
+    (name, value), = changes.items()
+    with pytest.raises(ValueError, match=f"otherwise: scheduler.{name} {made.scheduler.config[name]} and {value}. Calibrate"):
+        ground.require(SAMPLING.facts(other))

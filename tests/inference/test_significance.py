@@ -27,6 +27,17 @@ def test_scores_are_gradients_averaged_over_seeds_and_steps(pipeline):
     assert all(word.score == max(score for _, score in word.tokens) for word in words)
 
 
+def test_scores_do_not_depend_on_how_seeds_are_batched(pipeline):
+    sampling = Sampling(seeds=3, steps=4, guidance_scale=5.0, size=16)
+    whole = token_significance(pipeline, PROMPT, sampling, steps=(0, 2), batch_size=3)
+    sizes = []
+    handle = pipeline.unet.register_forward_pre_hook(lambda module, args: sizes.append(len(args[0])))
+    split = token_significance(pipeline, PROMPT, sampling, steps=(0, 2), batch_size=2)
+    handle.remove()
+    np.testing.assert_allclose([word.score for word in split], [word.score for word in whole], rtol=1e-4)
+    assert max(sizes) == 4  # two seeds under guidance
+
+
 def test_the_word_that_the_answer_hangs_on_has_the_highest_score(sd1, monkeypatch):
     length, width = sd1.tokenizer.model_max_length, sd1.text_encoder.config.hidden_size
     weights = torch.full((length, width), 0.01)
@@ -49,6 +60,13 @@ def test_what_is_cut_off_has_no_score(sd1):
     words = words_of(sd1.tokenizer, long, [1.0] * sd1.tokenizer.model_max_length)
     assert len(words) == sd1.tokenizer.model_max_length
     assert words[0].score == 1.0 and words[-1].score is None and words[-1].tokens == ()
+
+
+def test_what_the_tokenizer_does_not_know_has_a_score(sd1):
+    """Its token has the id of the end."""
+    assert sd1.tokenizer.unk_token_id == sd1.tokenizer.eos_token_id
+    words = words_of(sd1.tokenizer, "a 中文 dog", [0.0, 1.0, *[5.0] * 6, 2.0, *[9.0] * 23])
+    assert [word.score for word in words] == [1.0, 5.0, 2.0]
 
 
 def test_steps_that_are_not_made_are_refused(sd1):

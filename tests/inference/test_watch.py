@@ -1,6 +1,7 @@
 """Watching changes nothing and reads what a call of the denoiser by hand gives."""
 
 import copy
+from contextlib import suppress
 
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ from diffusers import (
 )
 
 from memfilter.inference import MemorizationDetected, watch
-from memfilter.inference.calls import UnguidedError, factor_at
+from memfilter.inference.calls import UnguidedError, factor_at, first_calls
 
 SCHEDULERS = (DDIMScheduler, DPMSolverMultistepScheduler, EulerDiscreteScheduler, PNDMScheduler, LMSDiscreteScheduler,
               HeunDiscreteScheduler)  # fmt: skip
@@ -126,6 +127,40 @@ def test_threshold_that_nothing_reaches_tells_nothing(sd1):
 def test_generation_without_guidance_is_an_error(pipeline):
     with watch(pipeline), pytest.raises(UnguidedError, match="guidance_scale above 1"):
         generated(pipeline, guidance_scale=1.0)
+
+
+@pytest.mark.parametrize("before", [{}, {"callback_on_step_end": stopping}])
+def test_generation_without_guidance_is_an_error_after_one_with_it_too(sd1, before):
+    with watch(sd1, threshold=1e9):
+        with suppress(KeyboardInterrupt):
+            generated(sd1, **before)
+        with pytest.raises(UnguidedError):
+            generated(sd1, guidance_scale=1.0)
+
+
+def test_negative_prompt_takes_the_place_of_the_empty_one(pipeline):
+    form = {"num_inference_steps": 4, "guidance_scale": 5.0, "height": 16, "width": 16, "output_type": "np"}
+
+    def predicted(prompt):  # for the same latents
+        return first_calls(pipeline, 1, prompt=prompt, generator=generators(1), **form)[0]
+
+    call, negative = predicted("a cat"), predicted("a red dog on a hill")
+    distance = (call.cond_pred - negative.cond_pred).square().sum((1, 2, 3)).sqrt()
+    expected = distance * abs(factor_at(pipeline.scheduler, call.timestep))
+    with watch(pipeline) as seen:
+        pipeline("a cat", negative_prompt="a red dog on a hill", generator=generators(1), **form)
+    torch.testing.assert_close(seen.norms[:, 0], expected, rtol=1e-3, atol=1e-6)
+    assert abs(float(call.norm(pipeline.scheduler) / expected) - 1) > 0.01  # of the empty prompt
+
+
+def test_norm_that_is_not_finite_ends_the_comparison_with_its_picture(broken):
+    for threshold in (0.0, 1e9):
+        with watch(broken, threshold=threshold, images_per_prompt=2), pytest.raises(ValueError, match="of picture 3:"):
+            generated(broken)
+    with watch(broken, names=["a", "b", "c", "d"]) as seen:
+        generated(broken)
+    with pytest.raises(ValueError, match="not finite of d:"):
+        seen.norms  # noqa: B018
 
 
 def test_guidance_that_is_switched_off_on_the_way_ends_the_norms(sd1):
