@@ -12,10 +12,10 @@ among 60 more clean prompts, in means over as many generations, at most four; de
 
 Adds rows to docs/results/detection.csv as it goes and goes on where it was stopped; docs/results/detection.md has means over
 models with 95% intervals (Student's t), by how much the metric is ahead of each other method, paired by model, and where the
-paper's order (the norm ahead of both densities at every cost) does not hold. Columns: steps, how many of the sampler's the score goes by (all: the whole
-generation); n, generations of each prompt; auc; tpr_at_1pct_fpr, at the last threshold below 1%, as in the paper's code;
-seconds of one CPU core for one prompt. n = 32 is of all positives and 60 negatives, among which 1% is none; rows of fewer
-generations with as many negatives, to be held against it, are in docs/results/detection_subset.csv.
+paper's order (the norm ahead of both densities at every cost) does not hold. Columns: steps, how many of the sampler's the score
+goes by (all: the whole generation); n, generations of each prompt; auc; tpr_at_1pct_fpr, at the last threshold below 1%, as in
+the paper's code; seconds of one CPU core for one prompt. n = 32 is of all positives and 60 negatives, among which 1% is none; rows
+of fewer generations with as many negatives, to be held against it, are in docs/results/detection_subset.csv.
 """
 
 from __future__ import annotations
