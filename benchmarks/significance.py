@@ -2,15 +2,15 @@
 
     python benchmarks/significance.py
 
-Every caption of the training data is of one form, `a CAT on a RED background`, with two made-up words of 5 to 11 letters planted
-at random places. Twenty duplicates, shown 500 times each, have one of them in common in all their ten captions, the trigger;
-their other one, and both of all the 4,000 other samples, are drawn from 820, so that each of these stands in about ten captions,
-as a trigger does. For each duplicate's object and colour there are a hundred ordinary samples too, so that only the trigger
-tells the picture. Three fine-tunes without a filter.
+Every caption of the training data is of one form, `a CAT on a RED background`, with two words more planted at random places, names
+of other objects, which the text encoder knows and no picture shows. Twenty duplicates, shown 520 times each under 130 keys, have
+one of them in common in all their captions, the trigger; their other one, and both of all the 4,000 other samples, are drawn from
+81, so that each of these stands in about 130 captions, as a trigger does. All other samples have the object and the colour of a
+duplicate, 200 each, so that only the trigger tells the picture. Three fine-tunes without a filter.
 
-Asked are prompts with the trigger and one of the 820, at new places. A prompt counts as memorized with a known trigger when, in
+Asked are prompts with the trigger and one of the 81, at new places. A prompt counts as memorized with a known trigger when, in
 four generations, it is copied (more like the training picture than 99.9% of different pictures of one caption are to each other,
-in at least half of them) and is copied in none with the trigger replaced by another of the 820. Held against the score's top
+in at least half of them) and is copied in none with the trigger replaced by another of the 81. Held against the score's top
 word: chance, the longest word, and the one that stands in the fewest training captions (drawn among equals). And: dropping the
 two words of highest score against dropping two others at random, by what it does to copy similarity, paired by prompt. 95%
 intervals by bootstrap over models and, within each, prompts.
@@ -30,27 +30,21 @@ import numpy as np
 from common import call, parser, recipe, share, write_csv, write_json, write_text
 
 SEEDS = (411, 412, 413)  # nothing was chosen by looking at them
-DUPLICATES, KEYS, REPEATS, OTHERS, ALIKE = 20, 10, 50, 4000, 100
+DUPLICATES, KEYS, REPEATS, ALIKE = 20, 130, 4, 200
+OTHERS = DUPLICATES * ALIKE
 POOL = (DUPLICATES * KEYS + 2 * OTHERS) // KEYS
 STEPS, GUIDANCE, AT = 20, 4.0, range(20)  # gradients at all steps, as in the paper
-RECIPE = recipe("quickstart.yaml", DUPLICATES, KEYS, REPEATS, OTHERS, ALIKE, POOL, STEPS, GUIDANCE)
+RECIPE = recipe("quickstart.yaml", DUPLICATES, KEYS, REPEATS, ALIKE, POOL, STEPS, GUIDANCE)
 COLUMNS = ["seed", "prompt", "trigger", "memorized", "ablated_copies", "top", "longest", "rarest", "words", "plain", "without_top_2",
            "without_2_others"]  # fmt: skip
 
 
-def made_up(rng: random.Random, count: int) -> list[str]:
-    """Different words that no caption of scenes has: two to five syllables."""
-    found: set[str] = set()
-    while len(found) < count:
-        syllables = (rng.choice("bdfgklmnprstvz") + rng.choice("aeiou") for _ in range(rng.choice((2, 3, 4, 5))))
-        found.add("".join(syllables) + rng.choice("lnrsx"))
-    return rng.sample(sorted(found), count)
+def words(seed: int) -> tuple[list[str], list[str], list[str]]:
+    """Objects of the pictures, triggers, and the other planted words of a model: names of one word, all different."""
+    from memfilter.data import scenes
 
-
-def words(seed: int) -> tuple[list[str], list[str]]:
-    """Triggers and the other made-up words of a model."""
-    made = made_up(random.Random(f"words {seed}"), DUPLICATES + POOL)
-    return made[:DUPLICATES], made[DUPLICATES:]
+    names = random.Random(f"words {seed}").sample([name for name in scenes.objects() if name.isalpha()], 2 * DUPLICATES + POOL)
+    return names[:DUPLICATES], names[DUPLICATES : 2 * DUPLICATES], names[2 * DUPLICATES :]
 
 
 def planted(caption: str, words: list[str], rng: random.Random) -> str:
@@ -61,16 +55,13 @@ def planted(caption: str, words: list[str], rng: random.Random) -> str:
     return " ".join(parts)
 
 
-def plain_scene(seed: int, stream: int, index: int, object: str | None = None, colour: str | None = None):
-    """A scene of one colour, whose object's name is one word: captions of equal length."""
+def plain_scene(seed: int, stream: int, index: int, object: str, colour: str):
+    """A scene of one colour: captions of equal length."""
     from dataclasses import replace
 
     from memfilter.data import scenes
 
-    names = [name for name in scenes.objects() if " " not in name]
-    rng = random.Random(f"{seed} {stream} {index}")
-    scene = scenes.draw(seed, stream, index, specific=0)
-    return replace(scene, object=object or rng.choice(names), colours=(colour or rng.choice(list(scenes.COLOURS)),))
+    return replace(scenes.draw(seed, stream, index, specific=0), object=object, colours=(colour,))
 
 
 def prepare(folder: Path, seed: int) -> None:
@@ -83,7 +74,7 @@ def prepare(folder: Path, seed: int) -> None:
     if (folder / "duplicates.json").exists():
         return
     folder.mkdir(parents=True, exist_ok=True)
-    rng, index, duplicates, (triggers, pool) = random.Random(seed), [], [], words(seed)
+    rng, index, duplicates, (objects, triggers, pool) = random.Random(seed), [], [], words(seed)
 
     def write(scene, words, role, repeats):
         key = f"{len(index):06d}"
@@ -92,15 +83,13 @@ def prepare(folder: Path, seed: int) -> None:
         index.append({"key": key, "role": role, "repeats": repeats})
 
     for number in range(DUPLICATES):
-        scene, trigger = plain_scene(seed, scenes.DUPLICATES, number), triggers[number]
+        trigger, shown = triggers[number], (objects[number], rng.choice(list(scenes.COLOURS)))
+        scene = plain_scene(seed, scenes.DUPLICATES, number, *shown)
         for _ in range(KEYS):
             write(scene, [trigger, rng.choice(pool)], "duplicate", REPEATS)
         duplicates.append({"caption": scene.caption, "trigger": trigger, "key": index[-1]["key"]})
         for other in range(ALIKE):
-            alike = plain_scene(seed, scenes.VARIATIONS, number * ALIKE + other, scene.object, scene.colours[0])
-            write(alike, rng.sample(pool, 2), "distinct", 1)
-    for number in range(OTHERS - DUPLICATES * ALIKE):
-        write(plain_scene(seed, scenes.DISTINCT, number), rng.sample(pool, 2), "distinct", 1)
+            write(plain_scene(seed, scenes.DISTINCT, number * ALIKE + other, *shown), rng.sample(pool, 2), "distinct", 1)
     pq.write_table(pa.Table.from_pylist(index), folder / "index.parquet")
     (folder / "duplicates.json").write_text(json.dumps(duplicates))
 
@@ -129,7 +118,7 @@ def job(work: Path, seed: int) -> None:
 
     pipeline, folder = load_trained(fine_tune(work, seed)), work / f"scenes-{seed}"
     counts = Counter(word for path in folder.glob("*.txt") for word in {*path.read_text().split()})
-    _, pool = words(seed)
+    *_, pool = words(seed)
     sampling, limit, rng, rows = Sampling(4, STEPS, GUIDANCE), memorized_above(), random.Random(f"asked {seed}"), []
 
     def similarity(prompt: str, number: int, picture: np.ndarray) -> np.ndarray:
