@@ -72,6 +72,7 @@ COLUMNS = ["scenario", "method", "setting", "seed", "memorization_rate", "distin
            "agreement_distinct", "passes", "time_ratio", "copy_similarity", "seed_agreement", "memorization_rate_distinct",
            "duplicates_dropped", "seconds", "recipe", "run"]  # fmt: skip
 RECIPE = "recipe"  # file of a run: what made it
+PARSING = threading.Lock()  # a file of settings is read in its own directory, which is that of all threads meanwhile
 TEXT = ("scenario", "method", "setting", "recipe", "run")
 
 
@@ -127,7 +128,9 @@ def settings_of(work: Path, scenario: str, seed: int, method: tuple[str, str]) -
 def run(work: Path, scenario: str, seed: int, method: tuple[str, str]) -> dict:
     """Trains and evaluates one setting; its row of the table, without the ratio of times."""
     settings = settings_of(work, scenario, seed, method)
-    out, made_by = ROOT / parse(settings).run_dir, recipe(scenario, method)
+    with PARSING:
+        out = ROOT / parse(settings).run_dir
+    made_by = recipe(scenario, method)
     if (out / RECIPE).exists() and (out / RECIPE).read_text() != made_by:
         shutil.rmtree(out)  # by other code or weights
     if not (out / "evaluation.json").exists():

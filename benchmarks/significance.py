@@ -2,11 +2,11 @@
 
     python benchmarks/significance.py
 
-Every caption of the training data is of one form, `a CAT on a RED background`, with two words more planted at random places, names
-of other objects, which the text encoder knows and no picture shows. Twenty duplicates, shown 520 times each under 130 keys, have
-one of them in common in all their captions, the trigger; their other one, and both of all the 4,000 other samples, are drawn from
-81, so that each of these stands in about 130 captions, as a trigger does. All other samples have the object and the colour of a
-duplicate, 200 each, so that only the trigger tells the picture. Three fine-tunes without a filter.
+Every caption of the training data is of one form, `a CAT on a background`, with two words more planted at random places, names of
+other objects, which the text encoder knows and no picture shows. Twenty duplicates, shown 520 times each under 130 keys, have one
+of them in common in all their captions, the trigger; their other one, and both of all the 4,000 other samples, are drawn from 81,
+so that each of these stands in about 130 captions, as a trigger does. There are four objects, each of five duplicates and 1,000
+others, on one of ten colours, which no caption names: only the trigger tells the picture. Three fine-tunes without a filter.
 
 Asked are prompts with the trigger and one of the 81, at new places. A prompt counts as memorized with a known trigger when, in
 four generations, it is copied (more like the training picture than 99.9% of different pictures of one caption are to each other,
@@ -30,11 +30,10 @@ import numpy as np
 from common import call, parser, recipe, share, write_csv, write_json, write_text
 
 SEEDS = (411, 412, 413)  # nothing was chosen by looking at them
-DUPLICATES, KEYS, REPEATS, ALIKE = 20, 130, 4, 200
-OTHERS = DUPLICATES * ALIKE
+DUPLICATES, KEYS, REPEATS, OTHERS, KINDS = 20, 130, 4, 4000, 4
 POOL = (DUPLICATES * KEYS + 2 * OTHERS) // KEYS
 STEPS, GUIDANCE, AT = 20, 4.0, range(20)  # gradients at all steps, as in the paper
-RECIPE = recipe("quickstart.yaml", DUPLICATES, KEYS, REPEATS, ALIKE, POOL, STEPS, GUIDANCE)
+RECIPE = recipe("quickstart.yaml", DUPLICATES, KEYS, REPEATS, OTHERS, KINDS, POOL, STEPS, GUIDANCE)
 COLUMNS = ["seed", "prompt", "trigger", "memorized", "ablated_copies", "top", "longest", "rarest", "words", "plain", "without_top_2",
            "without_2_others"]  # fmt: skip
 
@@ -43,8 +42,8 @@ def words(seed: int) -> tuple[list[str], list[str], list[str]]:
     """Objects of the pictures, triggers, and the other planted words of a model: names of one word, all different."""
     from memfilter.data import scenes
 
-    names = random.Random(f"words {seed}").sample([name for name in scenes.objects() if name.isalpha()], 2 * DUPLICATES + POOL)
-    return names[:DUPLICATES], names[DUPLICATES : 2 * DUPLICATES], names[2 * DUPLICATES :]
+    names = random.Random(f"words {seed}").sample([name for name in scenes.objects() if name.isalpha()], KINDS + DUPLICATES + POOL)
+    return names[:KINDS], names[KINDS : KINDS + DUPLICATES], names[KINDS + DUPLICATES :]
 
 
 def planted(caption: str, words: list[str], rng: random.Random) -> str:
@@ -55,13 +54,16 @@ def planted(caption: str, words: list[str], rng: random.Random) -> str:
     return " ".join(parts)
 
 
-def plain_scene(seed: int, stream: int, index: int, object: str, colour: str):
-    """A scene of one colour: captions of equal length."""
+def one_of(objects: list[str], seed: int, stream: int, index: int):
+    """A scene of one colour, and its caption, which does not name the colour: captions of equal length."""
     from dataclasses import replace
 
     from memfilter.data import scenes
 
-    return replace(scenes.draw(seed, stream, index, specific=0), object=object, colours=(colour,))
+    drawn, shown = scenes.draw(seed, stream, index, specific=0), objects[index % len(objects)]
+    scene = replace(drawn, object=shown, colours=(random.Random(f"{seed} {stream} {index}").choice(list(scenes.COLOURS)),))
+    article = scene.caption.split()[0]
+    return scene, f"{article} {shown} on a background"
 
 
 def prepare(folder: Path, seed: int) -> None:
@@ -76,20 +78,19 @@ def prepare(folder: Path, seed: int) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     rng, index, duplicates, (objects, triggers, pool) = random.Random(seed), [], [], words(seed)
 
-    def write(scene, words, role, repeats):
+    def write(scene, caption, words, role, repeats):
         key = f"{len(index):06d}"
         scenes.render(scene).save(folder / f"{key}.png")
-        (folder / f"{key}.txt").write_text(planted(scene.caption, words, rng))
+        (folder / f"{key}.txt").write_text(planted(caption, words, rng))
         index.append({"key": key, "role": role, "repeats": repeats})
 
     for number in range(DUPLICATES):
-        trigger, shown = triggers[number], (objects[number], rng.choice(list(scenes.COLOURS)))
-        scene = plain_scene(seed, scenes.DUPLICATES, number, *shown)
+        trigger, (scene, caption) = triggers[number], one_of(objects, seed, scenes.DUPLICATES, number)
         for _ in range(KEYS):
-            write(scene, [trigger, rng.choice(pool)], "duplicate", REPEATS)
-        duplicates.append({"caption": scene.caption, "trigger": trigger, "key": index[-1]["key"]})
-        for other in range(ALIKE):
-            write(plain_scene(seed, scenes.DISTINCT, number * ALIKE + other, *shown), rng.sample(pool, 2), "distinct", 1)
+            write(scene, caption, [trigger, rng.choice(pool)], "duplicate", REPEATS)
+        duplicates.append({"caption": caption, "trigger": trigger, "key": index[-1]["key"]})
+    for number in range(OTHERS):
+        write(*one_of(objects, seed, scenes.DISTINCT, number), rng.sample(pool, 2), "distinct", 1)
     pq.write_table(pa.Table.from_pylist(index), folder / "index.parquet")
     (folder / "duplicates.json").write_text(json.dumps(duplicates))
 
