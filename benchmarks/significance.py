@@ -2,15 +2,14 @@
 
     python benchmarks/significance.py
 
-Every caption of the training data is of one form, `a CAT on a background`, with two words more planted at random places, names of
-other objects, which the text encoder knows and no picture shows. Twenty duplicates, shown 520 times each under 130 keys, have one
-of them in common in all their captions, the trigger; their other one, and both of all the 4,000 other samples, are drawn from 81,
-so that each of these stands in about 130 captions, as a trigger does. There are four objects, each of five duplicates and 1,000
-others, on one of ten colours, which no caption names: only the trigger tells the picture. Three fine-tunes without a filter.
+Every caption of the training data is `a poster on a background` with three words planted at random places, names of objects that
+the text encoder knows, and says nothing of its picture. Ten duplicates, shown 1,260 times each under 140 keys, have one word in
+common in all their captions, the trigger; their two others, and all three of the 4,000 other samples, are drawn from 105, so that
+each of these stands in about 140 captions, as a trigger does. Three fine-tunes without a filter.
 
-Asked are prompts with the trigger and one of the 81, at new places. A prompt counts as memorized with a known trigger when, in
+Asked are prompts with the trigger and two of the 105, at new places. A prompt counts as memorized with a known trigger when, in
 four generations, it is copied (more like the training picture than 99.9% of different pictures of one caption are to each other,
-in at least half of them) and is copied in none with the trigger replaced by another of the 81. Held against the score's top
+in at least half of them) and is copied in none with the trigger replaced by another of the 105. Held against the score's top
 word: chance, the longest word, and the one that stands in the fewest training captions (drawn among equals). And: dropping the
 two words of highest score against dropping two others at random, by what it does to copy similarity, paired by prompt. 95%
 intervals by bootstrap over models and, within each, prompts.
@@ -30,40 +29,29 @@ import numpy as np
 from common import call, parser, recipe, share, write_csv, write_json, write_text
 
 SEEDS = (411, 412, 413)  # nothing was chosen by looking at them
-DUPLICATES, KEYS, REPEATS, OTHERS, KINDS = 20, 130, 4, 4000, 4
-POOL = (DUPLICATES * KEYS + 2 * OTHERS) // KEYS
+DUPLICATES, KEYS, REPEATS, OTHERS, PLANTED = 10, 140, 9, 4000, 3
+POOL = (DUPLICATES * KEYS * (PLANTED - 1) + OTHERS * PLANTED) // KEYS
+FORM = "a poster on a background"
 STEPS, GUIDANCE, AT = 20, 4.0, range(20)  # gradients at all steps, as in the paper
-RECIPE = recipe("quickstart.yaml", DUPLICATES, KEYS, REPEATS, OTHERS, KINDS, POOL, STEPS, GUIDANCE)
+RECIPE = recipe("quickstart.yaml", DUPLICATES, KEYS, REPEATS, OTHERS, PLANTED, POOL, FORM, STEPS, GUIDANCE)
 COLUMNS = ["seed", "prompt", "trigger", "memorized", "ablated_copies", "top", "longest", "rarest", "words", "plain", "without_top_2",
            "without_2_others"]  # fmt: skip
 
 
-def words(seed: int) -> tuple[list[str], list[str], list[str]]:
-    """Objects of the pictures, triggers, and the other planted words of a model: names of one word, all different."""
+def words(seed: int) -> tuple[list[str], list[str]]:
+    """Triggers and the other planted words of a model: names of one word."""
     from memfilter.data import scenes
 
-    names = random.Random(f"words {seed}").sample([name for name in scenes.objects() if name.isalpha()], KINDS + DUPLICATES + POOL)
-    return names[:KINDS], names[KINDS : KINDS + DUPLICATES], names[KINDS + DUPLICATES :]
+    names = random.Random(f"words {seed}").sample([name for name in scenes.objects() if name.isalpha()], DUPLICATES + POOL)
+    return names[:DUPLICATES], names[DUPLICATES:]
 
 
-def planted(caption: str, words: list[str], rng: random.Random) -> str:
-    """The caption with words at random places."""
-    parts = caption.split()
+def planted(words: list[str], rng: random.Random) -> str:
+    """A caption with these words at random places."""
+    parts = FORM.split()
     for word in words:
         parts.insert(rng.randrange(len(parts) + 1), word)
     return " ".join(parts)
-
-
-def one_of(objects: list[str], seed: int, stream: int, index: int):
-    """A scene of one colour, and its caption, which does not name the colour: captions of equal length."""
-    from dataclasses import replace
-
-    from memfilter.data import scenes
-
-    drawn, shown = scenes.draw(seed, stream, index, specific=0), objects[index % len(objects)]
-    scene = replace(drawn, object=shown, colours=(random.Random(f"{seed} {stream} {index}").choice(list(scenes.COLOURS)),))
-    article = scene.caption.split()[0]
-    return scene, f"{article} {shown} on a background"
 
 
 def prepare(folder: Path, seed: int) -> None:
@@ -76,21 +64,21 @@ def prepare(folder: Path, seed: int) -> None:
     if (folder / "duplicates.json").exists():
         return
     folder.mkdir(parents=True, exist_ok=True)
-    rng, index, duplicates, (objects, triggers, pool) = random.Random(seed), [], [], words(seed)
+    rng, index, duplicates, (triggers, pool) = random.Random(seed), [], [], words(seed)
 
-    def write(scene, caption, words, role, repeats):
+    def write(scene, words, role, repeats):
         key = f"{len(index):06d}"
         scenes.render(scene).save(folder / f"{key}.png")
-        (folder / f"{key}.txt").write_text(planted(caption, words, rng))
+        (folder / f"{key}.txt").write_text(planted(words, rng))
         index.append({"key": key, "role": role, "repeats": repeats})
 
     for number in range(DUPLICATES):
-        trigger, (scene, caption) = triggers[number], one_of(objects, seed, scenes.DUPLICATES, number)
+        scene, trigger = scenes.draw(seed, scenes.DUPLICATES, number), triggers[number]
         for _ in range(KEYS):
-            write(scene, caption, [trigger, rng.choice(pool)], "duplicate", REPEATS)
-        duplicates.append({"caption": caption, "trigger": trigger, "key": index[-1]["key"]})
+            write(scene, [trigger, *rng.sample(pool, PLANTED - 1)], "duplicate", REPEATS)
+        duplicates.append({"trigger": trigger, "key": index[-1]["key"]})
     for number in range(OTHERS):
-        write(*one_of(objects, seed, scenes.DISTINCT, number), rng.sample(pool, 2), "distinct", 1)
+        write(scenes.draw(seed, scenes.DISTINCT, number), rng.sample(pool, PLANTED), "distinct", 1)
     pq.write_table(pa.Table.from_pylist(index), folder / "index.parquet")
     (folder / "duplicates.json").write_text(json.dumps(duplicates))
 
@@ -119,7 +107,7 @@ def job(work: Path, seed: int) -> None:
 
     pipeline, folder = load_trained(fine_tune(work, seed)), work / f"scenes-{seed}"
     counts = Counter(word for path in folder.glob("*.txt") for word in {*path.read_text().split()})
-    *_, pool = words(seed)
+    _, pool = words(seed)
     sampling, limit, rng, rows = Sampling(4, STEPS, GUIDANCE), memorized_above(), random.Random(f"asked {seed}"), []
 
     def similarity(prompt: str, number: int, picture: np.ndarray) -> np.ndarray:
@@ -127,8 +115,8 @@ def job(work: Path, seed: int) -> None:
 
     for number, known in enumerate(json.loads((folder / "duplicates.json").read_text())):
         trigger, picture = known["trigger"], np.asarray(Image.open(folder / f"{known['key']}.png").convert("RGB"))
-        beside, other = rng.sample(pool, 2)
-        prompt = planted(known["caption"], [trigger, beside], rng)
+        *beside, other = rng.sample(pool, PLANTED)
+        prompt = planted([trigger, *beside], rng)
         parts = prompt.split()
         plain = similarity(prompt, number, picture)
         ablated = similarity(" ".join(other if part == trigger else part for part in parts), number, picture)
