@@ -26,21 +26,35 @@ def atomic(path: Path) -> Iterator[Path]:
         raise
 
 
-def hold(path: Path) -> IO:
-    """An empty file that no other process can hold for as long as this process has it open; one that ends, however it ends, has
-    not. Where the file system knows no locks it holds nothing back.
+@contextmanager
+def held(path: Path) -> Iterator[None]:
+    """A file that no other process can hold as long as this lasts, which removes it; a process that ends, however it ends, holds
+    nothing any more. Where the file system knows no locks nothing is held back.
 
     Raises:
         BlockingIOError: another process holds it.
     """
-    file = path.open("ab")
+    while True:
+        with path.open("ab") as file:
+            try:
+                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # unlike flock not inherited by what is forked
+            except OSError as error:
+                if error.errno in (errno.EACCES, errno.EAGAIN):
+                    raise BlockingIOError(f"{path} is held by another process") from error
+            if not _stands_at(path, file):
+                continue  # who held it has just removed it
+            try:
+                yield
+            finally:
+                path.unlink(missing_ok=True)
+            return
+
+
+def _stands_at(path: Path, file: IO) -> bool:
     try:
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # unlike flock not inherited by what is forked
-    except OSError as error:
-        if error.errno in (errno.EACCES, errno.EAGAIN):
-            file.close()
-            raise BlockingIOError(f"{path} is held by another process") from error
-    return file
+        return os.path.samestat(os.fstat(file.fileno()), path.stat())
+    except FileNotFoundError:
+        return False
 
 
 def is_full(error: Exception) -> bool:

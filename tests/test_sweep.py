@@ -287,7 +287,8 @@ def test_what_ends_it_waits_for_the_checkpoints(tmp_path, number):
     run += "open('started', 'w'); time.sleep(60)"
     launcher = f"import subprocess, sys; subprocess.Popen([sys.executable, '-c', {run!r}]).wait()"  # as accelerate's: no handler
     script = (
-        "import sys; from pathlib import Path; from memfilter.sweep import _children\n"
+        "import signal, sys; from pathlib import Path; from memfilter.sweep import _children\n"
+        "signal.signal(signal.SIGHUP, signal.SIG_DFL)\n"  # whatever nohup the tests were started with
         f"with _children() as children: children.call([sys.executable, '-c', {launcher!r}], Path('log'))"
     )
     process = subprocess.Popen(

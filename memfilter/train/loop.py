@@ -6,7 +6,7 @@ import json
 import logging
 import time
 from collections.abc import Callable
-from contextlib import closing, contextmanager, nullcontext, suppress
+from contextlib import ExitStack, closing, contextmanager, nullcontext, suppress
 from dataclasses import asdict
 from pathlib import Path
 
@@ -26,7 +26,7 @@ from memfilter.data.encode import Encoder
 from memfilter.data.feed import Feed
 from memfilter.data.sampler import collate
 from memfilter.data.sources import make_dataset, open_data
-from memfilter.files import atomic, hold, is_full
+from memfilter.files import atomic, held, is_full
 from memfilter.filter import EmptySteps
 from memfilter.pipelines import ModelError
 from memfilter.train.checkpoint import CheckpointError, Checkpoints, require_same
@@ -329,11 +329,11 @@ class Trainer:
 
     def _open_files(self) -> None:
         config, run_dir = self.config, self.run_dir
-        self._held = nullcontext()
+        self._held = ExitStack()
         if self.main:
             run_dir.mkdir(parents=True, exist_ok=True)
             try:
-                self._held = hold(run_dir / ".lock")
+                self._held.enter_context(held(run_dir / ".lock"))
             except BlockingIOError as error:
                 raise ConfigError(f"run_dir: another process is at work in {run_dir}") from error
             with atomic(run_dir / "config.yaml") as partial:

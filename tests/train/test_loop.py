@@ -134,8 +134,8 @@ def test_all_settings_out_of_range_are_named_at_once(scenes_dir):
 
 
 def test_run_at_which_another_process_is_at_work_is_refused(tmp_path, scenes_dir):
-    script = "import sys; from pathlib import Path; from memfilter.files import hold; file = hold(Path(sys.argv[1])); "
-    script += "print(flush=True); sys.stdin.read()"
+    script = "import sys; from pathlib import Path; from memfilter.files import held\n"
+    script += "with held(Path(sys.argv[1])): print(flush=True); sys.stdin.read()"
     (tmp_path / "run").mkdir()
     other = subprocess.Popen(
         [sys.executable, "-c", script, tmp_path / "run" / ".lock"], stdin=subprocess.PIPE, stdout=subprocess.PIPE
