@@ -4,7 +4,7 @@
 
 Every caption of the training data is `a poster on a background` with three words planted at random places, names of objects that
 the text encoder knows, and says nothing of its picture. Ten duplicates, shown 1,260 times each under 140 keys, have one word in
-common in all their captions, the trigger; their two others, and all three of the 4,000 other samples, are drawn from 105, so that
+common in all their captions, the trigger; their two others, and all three of the 4,008 other samples, are drawn from 105, so that
 each of these stands in about 140 captions, as a trigger does. Three fine-tunes without a filter.
 
 Asked are prompts with the trigger and two of the 105, at new places. A prompt counts as memorized with a known trigger when, in
@@ -29,7 +29,7 @@ import numpy as np
 from common import call, parser, recipe, share, write_csv, write_json, write_text
 
 SEEDS = (411, 412, 413)  # nothing was chosen by looking at them
-DUPLICATES, KEYS, REPEATS, OTHERS, PLANTED = 10, 140, 9, 4000, 3
+DUPLICATES, KEYS, REPEATS, OTHERS, PLANTED = 10, 140, 9, 4008, 3
 POOL = (DUPLICATES * KEYS * (PLANTED - 1) + OTHERS * PLANTED) // KEYS
 FORM = "a poster on a background"
 STEPS, GUIDANCE, AT = 20, 4.0, range(20)  # gradients at all steps, as in the paper
