@@ -27,8 +27,8 @@ def main(argv: list[str] | None = None) -> int:
     from memfilter.files import is_full
     from memfilter.filter import EmptySteps, NonFiniteNorm
     from memfilter.pipelines import ModelError
+    from memfilter.processes import end_processes
     from memfilter.train.checkpoint import CheckpointError
-    from memfilter.train.engine import end_processes
     from memfilter.train.interruption import EXIT_CODE, Interrupted
     from memfilter.train.loop import train
 

@@ -70,10 +70,11 @@ def job(work: Path, seed: int) -> None:
     torch.set_num_threads(1)
     from memfilter.data import scenes
     from memfilter.eval.classifier import quality
-    from memfilter.eval.parts import Parts, processes
+    from memfilter.eval.parts import Parts
     from memfilter.eval.runs import FinishedRun
     from memfilter.inference import Sampling, clean_norms, measure_prompts
     from memfilter.pipelines import load_trained
+    from memfilter.processes import processes
 
     run = fine_tune(work, seed)
     pipeline, positive = load_trained(run), verified(run)

@@ -142,9 +142,8 @@ def evaluate(
         batch_size: pictures at a time.
     """
     from memfilter.eval.evaluate import evaluate_run
-    from memfilter.eval.parts import processes
     from memfilter.eval.sscd import measure_named
-    from memfilter.train.engine import end_processes
+    from memfilter.processes import end_processes, processes
 
     figures = evaluate_run(
         Path(run),

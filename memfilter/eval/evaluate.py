@@ -19,10 +19,11 @@ from memfilter.eval.frechet import distances
 from memfilter.eval.generate import batches, generate_batch
 from memfilter.eval.measuring import measured
 from memfilter.eval.nearest import nearest as find_nearest
-from memfilter.eval.parts import Parts, fingerprint, processes
+from memfilter.eval.parts import Parts, fingerprint
 from memfilter.eval.runs import DUPLICATES, FinishedRun, Prompt
 from memfilter.files import atomic
 from memfilter.pipelines import load_trained
+from memfilter.processes import processes
 
 EVALUATION, PICTURES, PARTS = "evaluation.json", "evaluation.npz", "evaluation.parts"
 FRECHET_PICTURES = 10_000  # training pictures at most

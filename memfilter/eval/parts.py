@@ -4,41 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 from collections.abc import Callable
 from contextlib import suppress
-from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
-import torch.distributed as dist
 from accelerate import PartialState
-from accelerate.utils import parse_flag_from_env
 from tqdm import tqdm
 
 from memfilter.files import atomic
-
-PATIENCE = timedelta(days=7)  # for processes that have less to do
-
-
-def processes() -> PartialState:
-    """The processes that the launcher has started.
-
-    Raises:
-        ValueError: they are not connected.
-    """
-    patience = {"timeout": PATIENCE} if "LOCAL_RANK" in os.environ else {}
-    state = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"), **patience)
-    launched = int(os.environ.get("WORLD_SIZE", "1"))
-    found = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
-    if not launched == found == state.num_processes:
-        raise ValueError(
-            f"the launcher started {launched} processes and accelerate connected {state.num_processes} of them; on "
-            f"CPUs use ACCELERATE_USE_CPU=true torchrun --nproc_per_node {launched} -m memfilter.cli evaluate ..."
-        )
-    return state
-
 
 def fingerprint(facts: dict) -> str:
     """sha256 of what decides some results."""

@@ -56,7 +56,7 @@ def detect(
     from memfilter.inference.detection import Sampling, judge, require_rivals
     from memfilter.inference.models import Model
     from memfilter.inference.table import SUFFIXES, asked_prompts, measured_names, measured_rows, verdict, write_rows
-    from memfilter.train.engine import end_processes
+    from memfilter.processes import end_processes
 
     # what cannot be done is refused before the work begins
     place, counted, rivals, clean_file = Path(out), first or None, rivals or [], Path(clean) if clean else None
@@ -201,7 +201,7 @@ def generate(
     from memfilter.inference.generating import Mitigation, write_pictures
     from memfilter.inference.models import Model
     from memfilter.inference.table import asked_prompts
-    from memfilter.train.engine import end_processes
+    from memfilter.processes import end_processes
 
     _at_least(1, batch_size=batch_size)
     Mitigation(mitigation, None, 1.0 if target is None else target, tokens)

@@ -11,11 +11,12 @@ from pathlib import Path
 from memfilter.data import scenes
 from memfilter.data.prompts import read_prompts
 from memfilter.eval.copies import PIXELS, Measure
-from memfilter.eval.parts import Parts, fingerprint, processes
+from memfilter.eval.parts import Parts, fingerprint
 from memfilter.eval.runs import FinishedRun
 from memfilter.inference.clean import CleanNorms, allowed_above
 from memfilter.inference.detection import Sampling, Signals, about_clean, clean_norms, measure_prompts
 from memfilter.pipelines import load_pipeline, load_trained, model_dir
+from memfilter.processes import processes
 
 CLEAN_PROMPTS, CLEAN_SEED = 200, 20261126  # clipart scenes that no model was trained on
 SHIPPED, SHIPPED_PROMPTS = "clean_norms.json", 99  # beside the embedded model; as many as a false positive rate of 1% asks for

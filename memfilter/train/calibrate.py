@@ -158,7 +158,7 @@ def main(argv: list[str]) -> Path:
         ConfigError: with every setting that is wrong; and like `calibrate`.
     """
     from memfilter.arguments import parse
-    from memfilter.train.engine import end_processes
+    from memfilter.processes import end_processes
 
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     parser.add_argument("--out", type=Path, default=Path("calibration.json"))

@@ -61,13 +61,6 @@ def make_accelerator(config: Config) -> Accelerator:
     return accelerator
 
 
-def end_processes() -> None:
-    """Parts from the other processes, if there are any; call this last."""
-    if dist.is_available() and dist.is_initialized():
-        dist.barrier()  # torchrun ends the others as soon as one is gone, and the first still has files to close
-        dist.destroy_process_group()
-
-
 def _use_plain_collectives() -> None:
     """DeepSpeed compiles an operator for shared memory at its first start on a CPU, for a minute or more, and a compile
     that is killed leaves a lock for which every later start waits. gloo gives the same results without it."""

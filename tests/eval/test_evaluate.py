@@ -25,10 +25,11 @@ from memfilter.eval.copies import PIXELS, PixelCorrelation, copy_similarity
 from memfilter.eval.evaluate import evaluate_run
 from memfilter.eval.generate import generate
 from memfilter.eval.measuring import measured
-from memfilter.eval.parts import Parts, processes
+from memfilter.eval.parts import Parts
 from memfilter.eval.runs import FinishedRun, Prompt
 from memfilter.eval.sscd import Sscd
 from memfilter.pipelines import load_trained
+from memfilter.processes import processes
 
 SHORT = {"distinct": 3, "seeds": 2, "steps": 1, "batch_size": 3, "progress": False}
 FILES = ("evaluation.json", "evaluation.npz")

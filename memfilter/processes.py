@@ -1,0 +1,37 @@
+"""The processes that a launcher has started, for work that needs no gradients; training has `memfilter.train.engine`."""
+
+from __future__ import annotations
+
+import os
+from datetime import timedelta
+
+import torch.distributed as dist
+from accelerate import PartialState
+from accelerate.utils import parse_flag_from_env
+
+PATIENCE = timedelta(days=7)  # for processes that have less to do
+
+
+def processes() -> PartialState:
+    """The processes that the launcher has started.
+
+    Raises:
+        ValueError: they are not connected.
+    """
+    patience = {"timeout": PATIENCE} if "LOCAL_RANK" in os.environ else {}
+    state = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"), **patience)
+    launched = int(os.environ.get("WORLD_SIZE", "1"))
+    found = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+    if not launched == found == state.num_processes:
+        raise ValueError(
+            f"the launcher started {launched} processes and accelerate connected {state.num_processes} of them; on "
+            f"CPUs use ACCELERATE_USE_CPU=true torchrun --nproc_per_node {launched} -m memfilter.cli evaluate ..."
+        )
+    return state
+
+
+def end_processes() -> None:
+    """Parts from the other processes, if there are any; call this last."""
+    if dist.is_available() and dist.is_initialized():
+        dist.barrier()  # torchrun ends the others as soon as one is gone, and the first still has files to close
+        dist.destroy_process_group()
