@@ -3,16 +3,17 @@
     python benchmarks/significance.py
 
 Every caption of the training data is `a poster on a background` with three words planted at random places, names of objects that
-the text encoder knows, and says nothing of its picture. Ten duplicates, shown 1,260 times each under 140 keys, have one word in
-common in all their captions, the trigger; their two others, and all three of the 4,008 other samples, are drawn from 105, so that
+the text encoder knows, and says nothing of its picture. Ten duplicates, shown 1,680 times each under 140 keys, have one word in
+common in all their captions, the trigger; their two others, and all three of the 4,000 other samples, are drawn from 105, so that
 each of these stands in about 140 captions, as a trigger does. Three fine-tunes without a filter.
 
 Asked are prompts with the trigger and two of the 105, at new places. A prompt counts as memorized with a known trigger when, in
 four generations, it is copied (more like the training picture than 99.9% of different pictures of one caption are to each other,
-in at least half of them) and is copied in none with the trigger replaced by another of the 105. Held against the score's top
-word: chance, the longest word, and the one that stands in the fewest training captions (drawn among equals). And: dropping the
-two words of highest score against dropping two others at random, by what it does to copy similarity, paired by prompt. 95%
-intervals by bootstrap over models and, within each, prompts.
+in at least half of them) and is copied in none with the trigger replaced by another of the 105. The score is the mean over the
+first quarter of the sampler's steps; its top word is also taken by all steps, as in the paper. Held against it: chance, the longest
+word, and the one that stands in the fewest training captions (drawn among equals). And: dropping the two words of highest score
+against dropping two others at random, by what it does to copy similarity, paired by prompt. 95% intervals by bootstrap over models
+and, within each, prompts.
 
 The table goes to docs/results/significance.csv and .md. Runs are kept, and the command goes on where it was stopped.
 """
@@ -29,13 +30,14 @@ import numpy as np
 from common import call, parser, recipe, share, write_csv, write_json, write_text
 
 SEEDS = (411, 412, 413)  # nothing was chosen by looking at them
-DUPLICATES, KEYS, REPEATS, OTHERS, PLANTED = 10, 140, 9, 4008, 3
+DUPLICATES, KEYS, REPEATS, OTHERS, PLANTED = 10, 140, 12, 4000, 3
 POOL = (DUPLICATES * KEYS * (PLANTED - 1) + OTHERS * PLANTED) // KEYS
 FORM = "a poster on a background"
-STEPS, GUIDANCE, AT = 20, 4.0, range(20)  # gradients at all steps, as in the paper
+STEPS, GUIDANCE = 20, 4.0
+EARLY = range(5)  # chosen on a model of another seed; the paper takes all steps
 RECIPE = recipe("quickstart.yaml", DUPLICATES, KEYS, REPEATS, OTHERS, PLANTED, POOL, FORM, STEPS, GUIDANCE)
-COLUMNS = ["seed", "prompt", "trigger", "memorized", "ablated_copies", "top", "longest", "rarest", "words", "plain", "without_top_2",
-           "without_2_others"]  # fmt: skip
+COLUMNS = ["seed", "prompt", "trigger", "memorized", "ablated_copies", "top", "top_all_steps", "longest", "rarest", "words", "plain",
+           "without_top_2", "without_2_others"]  # fmt: skip
 
 
 def words(seed: int) -> tuple[list[str], list[str]]:
@@ -120,8 +122,10 @@ def job(work: Path, seed: int) -> None:
         parts = prompt.split()
         plain = similarity(prompt, number, picture)
         ablated = similarity(" ".join(other if part == trigger else part for part in parts), number, picture)
-        scores = [w.score or 0 for w in token_significance(pipeline, prompt, sampling, AT, number)]
-        order = np.argsort(scores)[::-1].tolist()
+        order, order_all = (
+            np.argsort([word.score or 0 for word in token_significance(pipeline, prompt, sampling, at, number)])[::-1].tolist()
+            for at in (EARLY, range(STEPS))
+        )
         random_two = rng.sample(order[2:], 2)
 
         def left(dropped: list[int], number=number, parts=parts, picture=picture) -> float:
@@ -133,7 +137,7 @@ def job(work: Path, seed: int) -> None:
         rows.append({
             "seed": seed, "prompt": prompt, "trigger": trigger, "words": len(parts), "plain": float(plain.mean()),
             "memorized": bool((plain > limit).mean() >= 0.5), "ablated_copies": int((ablated > limit).sum()),
-            "top": parts[order[0]], "longest": rng.choice([part for part in parts if len(part) == longest]),
+            "top": parts[order[0]], "top_all_steps": parts[order_all[0]], "longest": rng.choice([part for part in parts if len(part) == longest]),
             "rarest": rng.choice([part for part in parts if counts[part] == rarest]),
             "without_top_2": left(order[:2]), "without_2_others": left(random_two),
         })  # fmt: skip
@@ -155,8 +159,8 @@ def table(rows: list[dict]) -> str:
         low, high = np.quantile(drawn, [0.025, 0.975])
         return f"{values.mean():.3f} ({low:.3f} to {high:.3f})"
 
-    for rule in ("top", "longest", "rarest"):
-        lines.append(f"| {rule} | {interval(np.array([float(row[rule] == row['trigger']) for row in asked]))} |")
+    for rule in ("top", "top_all_steps", "longest", "rarest"):
+        lines.append(f"| {rule.replace('_', ' ')} | {interval(np.array([float(row[rule] == row['trigger']) for row in asked]))} |")
     lines.append(f"| chance | {np.mean([1 / row['words'] for row in asked]):.3f} |")
     top, others = (np.array([row["plain"] - row[name] for row in asked]) for name in ("without_top_2", "without_2_others"))
     lines += ["", f"Copy similarity falls by {interval(top)} without the two words of highest score, by {interval(others)} without "
