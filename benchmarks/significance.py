@@ -35,7 +35,7 @@ POOL = (DUPLICATES * KEYS * (PLANTED - 1) + OTHERS * PLANTED) // KEYS
 FORM = "a poster on a background"
 STEPS, GUIDANCE = 20, 4.0
 EARLY = range(5)  # chosen on a model of another seed; the paper takes all steps
-RECIPE = recipe("quickstart.yaml", DUPLICATES, KEYS, REPEATS, OTHERS, PLANTED, POOL, FORM, STEPS, GUIDANCE)
+RECIPE = recipe("quickstart.yaml", DUPLICATES, KEYS, REPEATS, OTHERS, PLANTED, POOL, FORM, STEPS, GUIDANCE, EARLY)
 COLUMNS = ["seed", "prompt", "trigger", "memorized", "ablated_copies", "top", "top_all_steps", "longest", "rarest", "words", "plain",
            "without_top_2", "without_2_others"]  # fmt: skip
 
@@ -137,7 +137,8 @@ def job(work: Path, seed: int) -> None:
         rows.append({
             "seed": seed, "prompt": prompt, "trigger": trigger, "words": len(parts), "plain": float(plain.mean()),
             "memorized": bool((plain > limit).mean() >= 0.5), "ablated_copies": int((ablated > limit).sum()),
-            "top": parts[order[0]], "top_all_steps": parts[order_all[0]], "longest": rng.choice([part for part in parts if len(part) == longest]),
+            "top": parts[order[0]], "top_all_steps": parts[order_all[0]],
+            "longest": rng.choice([part for part in parts if len(part) == longest]),
             "rarest": rng.choice([part for part in parts if counts[part] == rarest]),
             "without_top_2": left(order[:2]), "without_2_others": left(random_two),
         })  # fmt: skip
