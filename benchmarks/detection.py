@@ -2,13 +2,14 @@
 
     python benchmarks/detection.py
 
-Three fine-tunes without a filter (configs/quickstart.yaml: 20 duplicates shown 500 times each among 6,000 samples shown
-once), each with duplicates of its own. Positive are the duplicates' captions that are verified to be copied: at least one of
-four generations is more like the training picture than 99.9% of different pictures of one caption are to each other. Negative
-are 500 captions that were never duplicated, from scenes that no model has seen, half of them of the specific kind that
-duplicates have; about a fifth of these captions is shown once in training too. Every method scores the same generations, which
-are made from other noise than those by which copying is verified. The anisotropy score weighs its two parts by their spread
-among 60 more clean prompts, in means over as many generations, at most four; density_copies goes by pixel correlation, as the verification does.
+Three fine-tunes without a filter (configs/quickstart.yaml: 20 duplicates shown 500 times each among 6,000 samples shown once),
+each with duplicates of its own. Positive are the duplicates' captions that are verified to be copied: at least one of four
+generations is more like the training picture than 99.9% of different pictures of one caption are to each other. Negative are
+500 captions that were never duplicated, from scenes that no model has seen, half of them of the specific kind that duplicates
+have; about a fifth of these captions is shown once in training too. Every method scores the same generations, which are made
+from other noise than those by which copying is verified. The anisotropy score weighs its two parts by their spread among 60
+more clean prompts, in means over as many generations, at most four; density_copies goes by pixel correlation, as the
+verification does.
 
 Adds rows to docs/results/detection.csv as it goes and goes on where it was stopped; docs/results/detection.md has means over
 models with 95% intervals (Student's t), by how much the metric is ahead of each other method, paired by model, and where the
