@@ -171,9 +171,8 @@ def main() -> None:
         with lock:
             rows.extend(json.loads((work / f"rows-{seed}.json").read_text()))
             rows.sort(key=lambda row: (-row["negative"], row["n"], row["seed"]))
-            subset = [row for row in rows if row["negative"] == OF_MANY]
-            write_csv(args.out / "detection.csv", COLUMNS, [row for row in rows if row not in subset or row["n"] == MANY])
-            write_csv(args.out / "detection_subset.csv", COLUMNS, subset)
+            write_csv(args.out / "detection.csv", COLUMNS, [r for r in rows if r["negative"] == NEGATIVE or r["n"] == MANY])
+            write_csv(args.out / "detection_subset.csv", COLUMNS, [r for r in rows if r["negative"] == OF_MANY])
 
     share(args.processes, make, args.seeds)
     text = f"`python benchmarks/detection.py`: {len(args.seeds)} models. Means ± half of the 95% interval.\n\n{table(rows)}\n\n"

@@ -37,7 +37,7 @@ def held(path: Path) -> Iterator[None]:
     while True:
         with path.open("ab") as file:
             try:
-                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # unlike flock not inherited by what is forked
+                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # unlike flock, and so filelock, not inherited by forks
             except OSError as error:
                 if error.errno in (errno.EACCES, errno.EAGAIN):
                     raise BlockingIOError(f"{path} is held by another process") from error

@@ -18,7 +18,7 @@ from memfilter.data.shards import ShardError
 from memfilter.filter import EmptySteps, Verdict
 from memfilter.stats import HISTOGRAM_EDGES
 from memfilter.train.loop import train
-from memfilter.train.tracking import Audit, BadSamples, Tracker, keep_lines
+from memfilter.train.tracking import Audit, BadSamples, Tracker, keep_lines, require_wandb
 
 EVERY = 16
 
@@ -425,3 +425,12 @@ def test_metrics_and_curves_after_the_checkpoint_are_written_again(tmp_path, che
     events = EventAccumulator(str(tmp_path / "tensorboard"))
     events.Reload()
     assert [(event.step, event.value) for event in events.Scalars("loss")] == expected
+
+
+@pytest.mark.parametrize("mode", ["disabled", "offline"])
+def test_run_of_an_agent_that_would_not_report_says_so(monkeypatch, caplog, mode):
+    require_wandb(LogConfig(wandb=mode))
+    assert "agent" not in caplog.text
+    monkeypatch.setenv("WANDB_SWEEP_ID", "abc")
+    require_wandb(LogConfig(wandb=mode))
+    assert f"hears nothing of it with log.wandb={mode}" in caplog.text
