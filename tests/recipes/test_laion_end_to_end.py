@@ -516,7 +516,7 @@ def test_filtered_training_sees_the_virtual_samples(manifest, downloaded, tmp_pa
     base, out = tiny.save_pipeline(tmp_path / "base", "sd1"), tmp_path / "run"
     settings = {
         "run_dir": out, "model.path": base, "data.path": downloaded.out, "data.index": manifest, "data.order": "spread",
-        "filter.tau": 0.9, "train.samples": STEPS * BATCH, "train.batch_size": BATCH, "train.learning_rate": 1e-4,
+        "filter.tau": 1.4, "train.samples": STEPS * BATCH, "train.batch_size": BATCH, "train.learning_rate": 1e-4,
     }  # fmt: skip
     launching.run([f"--{name}={value}" for name, value in settings.items()], processes=None)
     rows = {row["key"]: row for row in read_manifest(manifest)[0].to_pylist()}
