@@ -245,7 +245,7 @@ def report_pair(off: str, on: str, out: str) -> None:
 # packages that only some commands need, and what installs them
 EXTRAS = {
     **dict.fromkeys(("faiss", "PIL", "pyarrow", "webdataset"), "data"),
-    **dict.fromkeys(("accelerate", "diffusers", "jinja2", "safetensors", "transformers", "wandb"), "train"),
+    **dict.fromkeys(("accelerate", "diffusers", "jinja2", "peft", "psutil", "safetensors", "transformers", "wandb"), "train"),
     **dict.fromkeys(("matplotlib", "pandas", "plotly", "scipy", "sklearn", "torchmetrics"), "eval"),
     "gradio": "app",
 }

@@ -8,24 +8,17 @@ for one table is found by another, and a sweep that was killed goes on.
 from __future__ import annotations
 
 import itertools
-import os
-import shlex
-import signal
-import subprocess
 import sys
-import threading
-import time
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 
-import psutil
 import yaml
 from tqdm import tqdm
 
 from memfilter.arguments import parse
+from memfilter.children import Children, children
 from memfilter.config import Config, ConfigError, FilterConfig, MitigationConfig, digest
 from memfilter.eval.results import read_figures, write_results
 
@@ -83,11 +76,11 @@ class Sweep:
             with suppress(ValueError):
                 rows[point.row] = self._row(point)
         with (
-            _children() as children,
+            children() as started,
             tqdm(total=len(self.points), unit="run", desc=self.out.name, disable=not progress) as bar,
             ThreadPoolExecutor(self.processes) as pool,
         ):
-            jobs = {pool.submit(self._make, point, children): point for point in self.points}
+            jobs = {pool.submit(self._make, point, started): point for point in self.points}
             try:
                 for job in as_completed(jobs):
                     if log := job.result():
@@ -104,13 +97,13 @@ class Sweep:
             raise SweepError("\n".join(failed))
         return _with_time_ratios([*rows.values()])
 
-    def _make(self, point: Point, children: _Children) -> Path | None:
+    def _make(self, point: Point, started: Children) -> Path | None:
         """The run and its evaluation; the log where one of them failed."""
         run = Path(point.config.run_dir)
         log = self.out / "logs" / f"{digest(point.config)}.log"
         evaluate = [sys.executable, "-m", "memfilter.cli", "evaluate", str(run), *self.evaluate]
         steps = [point.command] if not (run / "summary.json").is_file() else []
-        return log if any(children.call(step, log) for step in (*steps, evaluate)) else None
+        return log if any(started.call(step, log) for step in (*steps, evaluate)) else None
 
     def _row(self, point: Point) -> dict:
         names = dict(zip(("method", "setting", "seed"), point.row, strict=True))
@@ -229,74 +222,3 @@ def _with_time_ratios(rows: list[dict]) -> list[dict]:
         ratio = row["cpu_seconds"] / base[row["_base"]] if row["_base"] in base else None
         made.append({name: value for name, value in row.items() if not name.startswith("_")} | {"time_ratio": ratio})
     return sorted(made, key=lambda row: (row["method"] != "none", row["method"], row["setting"], row["seed"]))
-
-
-class _Children:
-    """Processes that end with this one."""
-
-    def __init__(self):
-        self._running: set[subprocess.Popen] = set()
-        self._told: list[psutil.Process] = []
-        self._lock, self._stopped = threading.Lock(), False
-
-    def call(self, command: list[str], log: Path) -> int:
-        """Exit code; what it prints goes to the end of the log."""
-        with log.open("ab") as file:
-            file.write(f"$ {shlex.join(command)}\n".encode())
-            file.flush()
-            with self._lock:
-                if self._stopped:
-                    return 1
-                # torchrun would kill what has not written its checkpoint in 30 seconds
-                environment = {"TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "300"} | os.environ
-                try:
-                    child = subprocess.Popen(command, stdout=file, stderr=file, start_new_session=True, env=environment)
-                except OSError as error:
-                    file.write(f"{error}\n".encode())
-                    return 127
-                self._running.add(child)
-            try:
-                return child.wait()
-            finally:
-                with self._lock:
-                    self._running.discard(child)
-
-    def stop(self) -> None:
-        """They are told to end, which makes a checkpoint of a run."""
-        with self._lock:
-            self._stopped = True
-            for child in self._running:
-                with suppress(ProcessLookupError, psutil.NoSuchProcess):  # it has just ended
-                    self._told += psutil.Process(child.pid).children(recursive=True)
-                    os.killpg(child.pid, signal.SIGTERM)
-
-    def wait(self) -> None:
-        """Until those that were told to end have: accelerate's launcher ends at once, and the run is making its checkpoint."""
-        while any(map(_lives, self._told)):
-            time.sleep(0.1)
-
-
-def _lives(process: psutil.Process) -> bool:
-    try:
-        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return False
-
-
-@contextmanager
-def _children() -> Iterator[_Children]:
-    """SIGTERM, SIGHUP (the terminal was closed) and Ctrl-C end the children too; what is ignored, as by nohup, stays so."""
-    children = _Children()
-
-    def on_signal(number, frame):
-        children.stop()
-        raise KeyboardInterrupt
-
-    heard = [n for n in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP) if signal.getsignal(n) != signal.SIG_IGN]
-    before = {number: signal.signal(number, on_signal) for number in heard}
-    try:
-        yield children
-    finally:
-        children.wait()
-        for number, handler in before.items():
-            signal.signal(number, handler)

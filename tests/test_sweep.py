@@ -25,7 +25,7 @@ from memfilter.calibration import Calibration
 from memfilter.cli import main
 from memfilter.config import ConfigError, digest, make_filter
 from memfilter.pipelines import model_dir
-from memfilter.sweep import Sweep, _children, describe, read_sweep
+from memfilter.sweep import Sweep, describe, read_sweep
 
 ROOT = Path(__file__).resolve().parents[1]
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
@@ -279,33 +279,6 @@ def test_stopping_the_sweep_stops_its_runs(sweep, tmp_path):
     assert process.wait(timeout=60) == 130
     assert (tmp_path / "errors").read_text().endswith("interrupted\n") and "Traceback" not in (tmp_path / "errors").read_text()
     assert not psutil.wait_procs(children, timeout=1)[1]  # it has waited for them
-
-
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
-def test_what_ends_it_waits_for_the_checkpoints(tmp_path, number):
-    run = "import signal, sys, time; signal.signal(signal.SIGTERM, lambda *_: (time.sleep(1), open('saved', 'w'), sys.exit())); "
-    run += "open('started', 'w'); time.sleep(60)"
-    launcher = f"import subprocess, sys; subprocess.Popen([sys.executable, '-c', {run!r}]).wait()"  # as accelerate's: no handler
-    script = (
-        "import signal, sys; from pathlib import Path; from memfilter.sweep import _children\n"
-        "signal.signal(signal.SIGHUP, signal.SIG_DFL)\n"  # whatever nohup the tests were started with
-        f"with _children() as children: children.call([sys.executable, '-c', {launcher!r}], Path('log'))"
-    )
-    process = subprocess.Popen(
-        [sys.executable, "-c", script], cwd=tmp_path, env=ENVIRONMENT | {"PYTHONPATH": str(ROOT)}, stderr=subprocess.DEVNULL
-    )
-    deadline = time.monotonic() + 60
-    while not (tmp_path / "started").exists() and time.monotonic() < deadline:
-        time.sleep(0.05)
-    process.send_signal(number)
-    process.wait(timeout=60)
-    assert (tmp_path / "saved").exists()
-
-
-def test_what_cannot_be_started_fails_its_run_alone(tmp_path):
-    with _children() as children:
-        assert children.call(["no-such-launcher"], tmp_path / "log") == 127
-    assert "No such file or directory: 'no-such-launcher'" in (tmp_path / "log").read_text()
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,86 @@
+"""Processes that end with the one that started them."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import signal
+import subprocess
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import psutil
+
+
+@contextmanager
+def children() -> Iterator[Children]:
+    """SIGTERM, SIGHUP (the terminal was closed) and Ctrl-C end the children too; what is ignored, as by nohup, stays so."""
+    started = Children()
+
+    def on_signal(number, frame):
+        started.stop()
+        raise KeyboardInterrupt
+
+    heard = [n for n in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP) if signal.getsignal(n) != signal.SIG_IGN]
+    before = {number: signal.signal(number, on_signal) for number in heard}
+    try:
+        yield started
+    finally:
+        started.wait()
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+class Children:
+    """What `children` gives; its methods may be called in several threads."""
+
+    def __init__(self):
+        self._running: set[subprocess.Popen] = set()
+        self._told: list[psutil.Process] = []
+        self._lock, self._stopped = threading.Lock(), False
+
+    def call(self, command: list[str], log: Path) -> int:
+        """Exit code; what it prints goes to the end of the log."""
+        with log.open("ab") as file:
+            file.write(f"$ {shlex.join(command)}\n".encode())
+            file.flush()
+            with self._lock:
+                if self._stopped:
+                    return 1
+                # torchrun would kill what has not written its checkpoint in 30 seconds
+                environment = {"TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "300"} | os.environ
+                try:
+                    child = subprocess.Popen(command, stdout=file, stderr=file, start_new_session=True, env=environment)
+                except OSError as error:
+                    file.write(f"{error}\n".encode())
+                    return 127  # as shells have it
+                self._running.add(child)
+            try:
+                return child.wait()
+            finally:
+                with self._lock:
+                    self._running.discard(child)
+
+    def stop(self) -> None:
+        """They are told to end, which makes a checkpoint of a run."""
+        with self._lock:
+            self._stopped = True
+            for child in self._running:
+                with suppress(ProcessLookupError, psutil.NoSuchProcess):  # it has just ended
+                    self._told += psutil.Process(child.pid).children(recursive=True)
+                    os.killpg(child.pid, signal.SIGTERM)
+
+    def wait(self) -> None:
+        """Until those that were told to end have: accelerate's launcher ends at once, and the run is making its checkpoint."""
+        while any(map(_lives, self._told)):
+            time.sleep(0.1)
+
+
+def _lives(process: psutil.Process) -> bool:
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
