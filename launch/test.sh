@@ -5,4 +5,4 @@ cd "$(dirname "$0")/.."
 source launch/environment.sh
 export HF_HUB_OFFLINE=1 WANDB_MODE=offline
 bash launch/img2dataset.sh || echo "the tests that download pictures will be skipped" >&2
-python -m pytest --numprocesses 2 --dist loadfile "$@"
+python -m pytest --numprocesses 2 --dist loadfile --durations 40 "$@"
