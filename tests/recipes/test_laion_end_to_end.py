@@ -514,7 +514,7 @@ def test_manifest_names_what_was_downloaded(manifest, downloaded, site):
 
 def test_filtered_training_sees_the_virtual_samples(manifest, downloaded, tmp_path):
     base, out = tiny.save_pipeline(tmp_path / "base", "sd1"), tmp_path / "run"
-    settings = {
+    settings = {  # tau is about the median norm: which noise a sample gets depends on the port of the site
         "run_dir": out, "model.path": base, "data.path": downloaded.out, "data.index": manifest, "data.order": "spread",
         "filter.tau": 1.4, "train.samples": STEPS * BATCH, "train.batch_size": BATCH, "train.learning_rate": 1e-4,
     }  # fmt: skip
