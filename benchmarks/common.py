@@ -9,11 +9,13 @@ import json
 import os
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 from scipy import stats
 
 from memfilter.files import atomic
@@ -58,6 +60,29 @@ def share(processes: int, work: Callable, jobs: Iterable) -> list:
     """Does every job, so many at a time; each is to spend its time in a process of its own."""
     with ThreadPoolExecutor(processes) as pool:
         return list(pool.map(work, jobs))
+
+
+def kept(table: Path, recipe: str) -> list[dict]:
+    """Rows that an earlier call by the same recipe left in a table, their numbers as numbers; none where there is no table."""
+    if not table.exists():
+        return []
+    found = pd.read_csv(table, keep_default_na=False)
+    return found[found["recipe"] == recipe].to_dict("records") if "recipe" in found else []
+
+
+def complete(
+    rows: list[dict], seeds: Iterable[int], make: Callable[[int], list[dict]], save: Callable[[], None], processes: int
+) -> None:
+    """Adds the rows of every seed that has none yet, and saves after each."""
+    known, lock = {row["seed"] for row in rows}, threading.Lock()
+
+    def add(seed: int) -> None:
+        made = make(seed)
+        with lock:
+            rows.extend(made)
+            save()
+
+    share(processes, add, [seed for seed in seeds if seed not in known])
 
 
 def write_csv(path: Path, columns: Sequence[str], rows: Iterable[dict]) -> None:

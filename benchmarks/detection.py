@@ -11,9 +11,9 @@ from other noise than those by which copying is verified. The anisotropy score w
 more clean prompts, in means over as many generations, at most four; density_copies goes by pixel correlation, as the
 verification does.
 
-Adds rows to docs/results/detection.csv as it goes and goes on where it was stopped; docs/results/detection.md has means over
-models with 95% intervals (Student's t), by how much the metric is ahead of each other method, paired by model, and where the
-paper's order (the norm ahead of both densities at every cost) does not hold. Columns: steps, how many of the sampler's the score
+Adds rows to docs/results/detection.csv as it goes; seeds whose rows are there are not done anew. docs/results/detection.md has
+means over models with 95% intervals (Student's t), by how much the metric is ahead of each other method, paired by model, and
+where the paper's order (the norm ahead of both densities at every cost) does not hold. Columns: steps, how many of the sampler's the score
 goes by (all: the whole generation); n, generations of each prompt; auc; tpr_at_1pct_fpr, at the last threshold below 1%, as in
 the paper's code; seconds of one CPU core for one prompt. n = 32 is of all positives and 60 negatives, among which 1% is none; rows
 of fewer generations with as many negatives, to be held against it, are in docs/results/detection_subset.csv.
@@ -23,19 +23,19 @@ from __future__ import annotations
 
 import argparse
 import json
-import threading
 import time
 from pathlib import Path
 
 import numpy as np
-from common import call, mean, parser, recipe, share, write_csv, write_json, write_text
+from common import call, complete, kept, mean, parser, recipe, write_csv, write_json, write_text
 
 SEEDS = (401, 402, 403)  # nothing was chosen by looking at them
 STEPS, GUIDANCE = 20, 4.0  # as `memfilter evaluate` has it
 RECIPE = recipe("quickstart.yaml", STEPS, GUIDANCE)
 NEGATIVE, OF_MANY, MANY, OTHERS = 500, 60, 32, 60
 RIVALS = ("density_l2", "density_copies", "anisotropy", "loss")
-COLUMNS = ["method", "steps", "n", "seed", "auc", "tpr_at_1pct_fpr", "seconds", "positive", "negative"]
+COLUMNS = ["method", "steps", "n", "seed", "auc", "tpr_at_1pct_fpr", "seconds", "positive", "negative",
+           "recipe"]  # fmt: skip
 
 
 def fine_tune(work: Path, seed: int) -> Path:
@@ -163,19 +163,25 @@ def main() -> None:
     if args.job is not None:
         job(work, args.job)
         return
-    rows, lock = [], threading.Lock()
+    table_path, subset_path = (args.out / f"{name}.csv" for name in ("detection", "detection_subset"))
+    rows = kept(table_path, RECIPE)
+    rows += [row for row in kept(subset_path, RECIPE) if row["n"] != MANY and row["seed"] in {other["seed"] for other in rows}]
 
-    def make(seed: int) -> None:
-        if not (work / f"rows-{seed}.json").exists():
+    def make(seed: int) -> list[dict]:
+        made = work / f"rows-{seed}.json"
+        if not made.exists():
             call(work / "log", __file__, f"--job={seed}", f"--work_dir={args.work_dir.resolve()}")
-        with lock:
-            rows.extend(json.loads((work / f"rows-{seed}.json").read_text()))
-            rows.sort(key=lambda row: (-row["negative"], row["n"], row["seed"]))
-            write_csv(args.out / "detection.csv", COLUMNS, [r for r in rows if r["negative"] == NEGATIVE or r["n"] == MANY])
-            write_csv(args.out / "detection_subset.csv", COLUMNS, [r for r in rows if r["negative"] == OF_MANY])
+        return [row | {"recipe": RECIPE} for row in json.loads(made.read_text())]
 
-    share(args.processes, make, args.seeds)
-    text = f"`python benchmarks/detection.py`: {len(args.seeds)} models. Means ± half of the 95% interval.\n\n{table(rows)}\n\n"
+    def save() -> None:
+        rows.sort(key=lambda row: (-row["negative"], row["n"], row["seed"]))
+        write_csv(subset_path, COLUMNS, [row for row in rows if row["negative"] == OF_MANY])
+        # the last to be written, for it says which seeds are there
+        write_csv(table_path, COLUMNS, [row for row in rows if row["negative"] == NEGATIVE or row["n"] == MANY])
+
+    complete(rows, args.seeds, make, save, args.processes)
+    models = len({row["seed"] for row in rows})
+    text = f"`python benchmarks/detection.py`: {models} models. Means ± half of the 95% interval.\n\n{table(rows)}\n\n"
     text += "Norm less other methods, paired by model:\n\n" + "\n".join(order(rows))
     write_text(args.out / "detection.md", text)
     print(text)

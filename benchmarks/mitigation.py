@@ -7,7 +7,7 @@ the same prompts with the same four noises, always mitigated: the embedding at f
 numbers of random tokens, and nothing. Copy similarity is the correlation with the training picture, agreement that of picture
 and caption by the scenes' scorer (the caption as it was, not as it is shown).
 
-Goes on where it was stopped. The rows go to docs/results/mitigation.csv; docs/results/mitigation.md has means over
+The rows go to docs/results/mitigation.csv; seeds whose rows are there are not done anew. docs/results/mitigation.md has means over
 models with 95% intervals (Student's t), docs/results/mitigation.png the curves.
 """
 
@@ -18,14 +18,15 @@ import json
 from pathlib import Path
 
 import numpy as np
-from common import call, mean, parser, share, write_csv, write_json, write_text
+from common import call, complete, kept, mean, parser, recipe, write_csv, write_json, write_text
 from detection import GUIDANCE, RECIPE, SEEDS, STEPS, fine_tune, verified
 
 # the first step's norms of verified prompts of another model lie between 1.2 and 2.6
 SETTINGS = [("none", 0.0)] + [("prompt", t) for t in (0.4, 0.7, 1.0, 1.3, 1.6)] + [("rta", n) for n in (1, 2, 4, 6, 8)]
 COLUMNS = ["method", "setting", "seed", "memorization_rate", "copy_similarity", "agreement_duplicates", "agreement_distinct",
-           "first_norm", "duplicates", "distinct"]  # fmt: skip
+           "first_norm", "duplicates", "distinct", "recipe"]  # fmt: skip
 DISTINCT, NUMBER = 20, 10_000  # a prompt's number decides its noise, which shall not be that by which copying was verified
+MADE_BY = recipe("quickstart.yaml", RECIPE, SETTINGS, DISTINCT, NUMBER)
 
 
 def job(work: Path, seed: int) -> None:
@@ -104,11 +105,20 @@ def main() -> None:
     if args.job is not None:
         job(work, args.job)
         return
-    share(args.processes, lambda seed: call(work / "log", __file__, f"--job={seed}", f"--work_dir={args.work_dir.resolve()}"), args.seeds)
-    rows = [row for seed in args.seeds for row in json.loads((work / f"mitigation-{seed}.json").read_text())]
-    rows.sort(key=lambda row: SETTINGS.index((row["method"], row["setting"])))
-    write_csv(args.out / "mitigation.csv", COLUMNS, rows)
-    text = f"`python benchmarks/mitigation.py`: {len(args.seeds)} models. Means ± half of the 95% interval.\n\n{table(rows)}"
+    table_path = args.out / "mitigation.csv"
+    rows = kept(table_path, MADE_BY)
+
+    def make(seed: int) -> list[dict]:
+        call(work / "log", __file__, f"--job={seed}", f"--work_dir={args.work_dir.resolve()}")
+        return [row | {"recipe": MADE_BY} for row in json.loads((work / f"mitigation-{seed}.json").read_text())]
+
+    def save() -> None:
+        rows.sort(key=lambda row: (SETTINGS.index((row["method"], row["setting"])), row["seed"]))
+        write_csv(table_path, COLUMNS, rows)
+
+    complete(rows, args.seeds, make, save, args.processes)
+    models = len({row["seed"] for row in rows})
+    text = f"`python benchmarks/mitigation.py`: {models} models. Means ± half of the 95% interval.\n\n{table(rows)}"
     write_text(args.out / "mitigation.md", text)
     draw(rows, args.out / "mitigation.png")
     print(text)

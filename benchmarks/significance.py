@@ -15,7 +15,7 @@ word, and the one that stands in the fewest training captions (drawn among equal
 against dropping two others at random, by what it does to copy similarity, paired by prompt. 95% intervals by bootstrap over models
 and, within each, prompts.
 
-The table goes to docs/results/significance.csv and .md. Runs are kept, and the command goes on where it was stopped.
+The table goes to docs/results/significance.csv and .md; seeds whose rows are there are not done anew.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from collections import Counter
 from pathlib import Path
 
 import numpy as np
-from common import call, parser, recipe, share, write_csv, write_json, write_text
+from common import call, complete, kept, parser, recipe, write_csv, write_json, write_text
 
 SEEDS = (411, 412, 413)  # nothing was chosen by looking at them
 DUPLICATES, KEYS, REPEATS, OTHERS, PLANTED = 10, 140, 12, 4000, 3
@@ -37,7 +37,7 @@ STEPS, GUIDANCE = 20, 4.0
 EARLY = range(5)  # chosen on a model of another seed; the paper takes all steps
 RECIPE = recipe("quickstart.yaml", DUPLICATES, KEYS, REPEATS, OTHERS, PLANTED, POOL, FORM, STEPS, GUIDANCE, EARLY)
 COLUMNS = ["seed", "prompt", "trigger", "memorized", "ablated_copies", "top", "top_all_steps", "longest", "rarest", "words", "plain",
-           "without_top_2", "without_2_others"]  # fmt: skip
+           "without_top_2", "without_2_others", "recipe"]  # fmt: skip
 
 
 def words(seed: int) -> tuple[list[str], list[str]]:
@@ -178,14 +178,22 @@ def main() -> None:
         job(work, args.job)
         return
 
-    def make(seed: int) -> list[dict]:
-        if not (work / f"rows-{seed}.json").exists():
-            call(work / "log", __file__, f"--job={seed}", f"--work_dir={args.work_dir.resolve()}")
-        return json.loads((work / f"rows-{seed}.json").read_text())
+    table_path = args.out / "significance.csv"
+    rows = kept(table_path, RECIPE)
 
-    rows = [row for of_seed in share(args.processes, make, args.seeds) for row in of_seed]
-    write_csv(args.out / "significance.csv", COLUMNS, rows)
-    text = f"`python benchmarks/significance.py`: {len(args.seeds)} models. Means (95% interval).\n\n{table(rows)}"
+    def make(seed: int) -> list[dict]:
+        made = work / f"rows-{seed}.json"
+        if not made.exists():
+            call(work / "log", __file__, f"--job={seed}", f"--work_dir={args.work_dir.resolve()}")
+        return [row | {"recipe": RECIPE} for row in json.loads(made.read_text())]
+
+    def save() -> None:
+        rows.sort(key=lambda row: row["seed"])
+        write_csv(table_path, COLUMNS, rows)
+
+    complete(rows, args.seeds, make, save, args.processes)
+    models = len({row["seed"] for row in rows})
+    text = f"`python benchmarks/significance.py`: {models} models. Means (95% interval).\n\n{table(rows)}"
     write_text(args.out / "significance.md", text)
     print(text)
 

@@ -29,6 +29,28 @@ def test_interval_is_students(benchmark):
     assert np.isnan(common.half_width(values[:1]))
 
 
+def test_seeds_of_the_same_recipe_in_the_table_are_not_made_again(benchmark, tmp_path):
+    common = benchmark("common")
+    table, columns, asked = tmp_path / "table.csv", ["seed", "steps", "copied", "rate", "recipe"], []
+
+    def make(seed: int) -> list[dict]:
+        if seed == 3:
+            raise SystemExit("failed")
+        asked.append(seed)
+        return [{"seed": seed, "steps": "all", "copied": True, "rate": 0.5 * seed, "recipe": "x"}]
+
+    def call(seeds) -> list[dict]:
+        rows = common.kept(table, "x")
+        common.complete(rows, seeds, make, lambda: common.write_csv(table, columns, rows), 1)
+        return rows
+
+    with pytest.raises(SystemExit, match="failed"):
+        call((1, 3))
+    assert call((1, 2)) == make(1) + make(2)
+    assert asked == [1, 2, 1, 2]  # the last two by the line above
+    assert common.kept(table, "y") == [] == common.kept(tmp_path / "none.csv", "x")
+
+
 # ---- of evidence
 
 
