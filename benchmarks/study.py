@@ -2,8 +2,10 @@
 
     bash launch/study.sh && python benchmarks/study.py
 
-Reads the sweep's results.csv; writes docs/results/study.csv, study.md (means over seeds with 95% intervals, and the comparisons,
-whichever way they fall) and the report's figure of copying against agreement. How settings are chosen, for every method alike: of
+The sweep begins with the rows that docs/results has, those of study.csv and, of evidence.csv, those of the same settings: a run
+that was made on another machine is not made again. Reads the sweep's results.csv; writes docs/results/study.csv, study.md (means
+over seeds with 95% intervals, and the comparisons, whichever way they fall) and the report's figure of copying against agreement.
+How settings are chosen, for every method alike: of
 those whose agreement on distinct prompts is, in the mean over seeds, at least 98% of that of the opponent, the one that memorizes
 least. Agreement does not tell what was learnt, since the model could draw such pictures before, so a choice may drop at most a
 fifth of the distinct samples; the rows of base say what a method would get that dropped everything. De-duplication and the oracle
@@ -13,17 +15,21 @@ every comparison is also made with the settings chosen, for each seed, on the ot
 
 from __future__ import annotations
 
+import csv
 import shutil
 from pathlib import Path
 
+import evidence
 import numpy as np
 import pandas as pd
-from common import mean, parser, write_text
+from common import mean, parser, write_csv, write_text
 
+from memfilter.eval.results import COLUMNS, RESULTS
 from memfilter.eval.sweep_report.data import BASE, DROPPED, NONE, ORACLE, read_results, settings_of
 
 FIGURES = ["memorization_rate", "copy_similarity", "agreement_duplicates", "agreement_distinct", "seed_agreement",
            "distinct_dropped", "time_ratio"]  # fmt: skip
+RUNS = "runs/clipart/runs"  # where the sweep has its runs
 FILTERS = ("tau", "timestep", "evidence")
 DEDUP = "dedup"
 REFERENCES = (ORACLE, DEDUP)
@@ -120,13 +126,31 @@ def comparisons(study: Study) -> list[str]:
     return lines
 
 
+def begin(sweep: Path, results: Path) -> None:
+    """Gives a sweep that has no table yet the rows that are published."""
+    if (sweep / RESULTS).exists():
+        return
+    rows = []
+    if (published := results / "study.csv").exists():
+        with published.open(newline="") as file:
+            rows += csv.DictReader(file)
+    for row in evidence.read_rows(results / "evidence.csv"):
+        if row["scenario"] == "a":
+            rows.append({name: row.get(name) for name in COLUMNS} | {"cpu_seconds": row["seconds"], "run": f"{RUNS}/{row['run']}"})
+    write_csv(sweep / RESULTS, COLUMNS, rows)
+
+
 def main() -> None:
     options = parser(__doc__, processes=False)
+    options.add_argument("--begin", action="store_true", help="before the sweep: give it the rows that are published")
     options.add_argument("--sweep", type=Path, default=Path("runs/study"), help="directory of the sweep and its report")
     args = options.parse_args()
+    if args.begin:
+        begin(args.sweep, args.out)
+        return
     results = read_results(args.sweep)
     study = Study(results)
-    results[["method", "setting", "seed", *FIGURES]].round(4).to_csv(args.out / "study.csv", index=False)
+    shutil.copy(args.sweep / RESULTS, args.out / "study.csv")
     if (figure := args.sweep / "figures" / "tradeoff_memorization_rate.png").exists():
         shutil.copy(figure, args.out / "study.png")
     text = "\n".join(["Means over seeds ± half of the 95% interval. `bash launch/study.sh && python benchmarks/study.py`", "",

@@ -12,6 +12,7 @@ for seed in 311 312 313; do
     memfilter prepare groups "$of_seed/scenes"
     memfilter cache --data.path="$of_seed/scenes" --data.cache="$of_seed/cache"
 done
+python benchmarks/study.py --begin # what docs/results has is not run again
 failed=0 # a run that fails fails the sweep, and what the others say is shown all the same
 memfilter sweep configs/sweeps/study.yaml --out=runs/study --processes="$(nproc)" \
     --evaluate="--distinct=40 --seeds=4 --steps=10" || failed=$?

@@ -193,8 +193,8 @@ def require_evaluation(words: list[str]) -> None:
 def sweep(file: str, out: str | None = None, evaluate: str = "", processes: int = 1) -> None:
     """Make and evaluate the runs of a W&B sweep file here, without a server, and write their table.
 
-    Runs that are there already are not made again, so a sweep that was stopped goes on. A run that fails fails the sweep,
-    after all others were made.
+    Runs that are there already, or that the table has, are not made again, so a sweep that was stopped goes on, also where
+    directories of finished runs were removed. A run that fails fails the sweep, after all others were made.
 
     Args:
         file: a sweep as `wandb sweep` takes it, of method grid.

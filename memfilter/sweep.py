@@ -8,6 +8,7 @@ for one table is found by another, and a sweep that was killed goes on.
 from __future__ import annotations
 
 import itertools
+import logging
 import sys
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import suppress
@@ -20,7 +21,9 @@ from tqdm import tqdm
 from memfilter.arguments import parse
 from memfilter.children import Children, children
 from memfilter.config import Config, ConfigError, FilterConfig, MitigationConfig, digest
-from memfilter.eval.results import read_figures, write_results
+from memfilter.eval.results import read_figures, recorded_figures, write_results
+
+log = logging.getLogger(__name__)
 
 _KNOWN = {"program", "command", "method", "parameters", "name", "description", "project", "entity", "metric"}
 
@@ -67,24 +70,31 @@ class Sweep:
     def run(self, progress: bool = True) -> list[dict]:
         """Trains and evaluates what is not there yet; rows of the table, which is written anew after every run.
 
+        A run that the table has and whose directory is gone is not made again: its row is kept.
+
         Raises:
+            ValueError: the table that is there cannot be read.
             SweepError: runs have failed; all others were made.
         """
         (self.out / "logs").mkdir(parents=True, exist_ok=True)
-        rows, failed = {}, []
+        rows, failed, recorded = {}, [], recorded_figures(self.out)
+        gone = [p for p in self.points if p.config.run_dir in recorded and not Path(p.config.run_dir).exists()]
         for point in self.points:  # those of an earlier call stay in the table until they are read again
             with suppress(ValueError):
-                rows[point.row] = self._row(point)
+                rows[point.row] = self._row(point, recorded[point.config.run_dir] if point in gone else None)
+        if gone:
+            write_results(_with_time_ratios([*rows.values()]), self.out)
+            log.warning("%d runs are not there any more: their rows are kept; a run is made again when its row is deleted", len(gone))
         with (
             children() as started,
-            tqdm(total=len(self.points), unit="run", desc=self.out.name, disable=not progress) as bar,
+            tqdm(total=len(self.points), initial=len(gone), unit="run", desc=self.out.name, disable=not progress) as bar,
             ThreadPoolExecutor(self.processes) as pool,
         ):
-            jobs = {pool.submit(self._make, point, started): point for point in self.points}
+            jobs = {pool.submit(self._make, point, started): point for point in self.points if point not in gone}
             try:
                 for job in as_completed(jobs):
-                    if log := job.result():
-                        failed.append(f"run {jobs[job].config.run_dir} failed: see {log}")
+                    if told := job.result():
+                        failed.append(f"run {jobs[job].config.run_dir} failed: see {told}")
                         rows.pop(jobs[job].row, None)
                     else:
                         rows[jobs[job].row] = self._row(jobs[job])
@@ -100,17 +110,18 @@ class Sweep:
     def _make(self, point: Point, started: Children) -> Path | None:
         """The run and its evaluation; the log where one of them failed."""
         run = Path(point.config.run_dir)
-        log = self.out / "logs" / f"{digest(point.config)}.log"
+        file = self.out / "logs" / f"{digest(point.config)}.log"
         evaluate = [sys.executable, "-m", "memfilter.cli", "evaluate", str(run), *self.evaluate]
         steps = [point.command] if not (run / "summary.json").is_file() else []
-        return log if any(started.call(step, log) for step in (*steps, evaluate)) else None
+        return file if any(started.call(step, file) for step in (*steps, evaluate)) else None
 
-    def _row(self, point: Point) -> dict:
+    def _row(self, point: Point, figures: dict | None = None) -> dict:
+        """Of these figures, or those that its directory has."""
         names = dict(zip(("method", "setting", "seed"), point.row, strict=True))
         plain = replace(point.config, filter=FilterConfig(tau=None), mitigation=MitigationConfig())
         about = {"run": point.config.run_dir, "_base": digest(plain)}
         swept = {name: value for name, value in point.settings.items() if name not in ("config", "train.seed")}
-        return names | read_figures(Path(point.config.run_dir)) | swept | about
+        return names | (figures or read_figures(Path(point.config.run_dir))) | swept | about
 
 
 class SweepError(ValueError):

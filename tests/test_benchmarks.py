@@ -9,7 +9,11 @@ import pandas as pd
 import pytest
 from scipy import stats
 
+from memfilter.eval import results
+from memfilter.sweep import read_sweep
+
 BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
+SWEEPS = BENCHMARKS.parent / "configs" / "sweeps"
 SEEDS = (311, 312, 313)
 
 
@@ -183,6 +187,26 @@ def test_settings_of_the_study_are_also_chosen_on_the_seeds_that_are_not_reporte
     assert "tau 5 0.200, dedup  0.100" in line
     # without the first seed 6 is chosen; without another 5 is
     assert "chosen on the other seeds 0.300 and 0.100, difference " + module.mean([-0.2, -0.2, -0.2]) in line
+
+
+def test_study_begins_with_the_rows_that_are_published(benchmark, tmp_path):
+    study, evidence = benchmark("study"), benchmark("evidence")
+    known = dict.fromkeys(evidence.COLUMNS, 0.5) | {"setting": "", "method": "none", "seed": 311}
+    evidence.write_rows(tmp_path / "evidence.csv", [
+        known | {"scenario": scenario, "seconds": 100.0, "run": scenario * 12, "recipe": evidence.recipe(scenario, ("none", ""))}
+        for scenario in "ab"
+    ])  # fmt: skip
+    published = {"memorization_rate": 0.25, "cpu_seconds": 90.0, "run": f"{study.RUNS}/other"}
+    results.write_results([published], tmp_path)
+    (tmp_path / "results.csv").rename(tmp_path / "study.csv")
+    study.begin(tmp_path / "sweep", tmp_path)
+    found = results.recorded_figures(tmp_path / "sweep")
+    assert [(run, row["memorization_rate"], row["cpu_seconds"]) for run, row in found.items()] == [
+        (f"{study.RUNS}/other", 0.25, 90.0), (f"{study.RUNS}/{'a' * 12}", 0.5, 100.0)]  # fmt: skip
+    assert all(point.config.run_dir.startswith(f"{study.RUNS}/") for point in read_sweep(SWEEPS / "study.yaml"))
+    (tmp_path / "evidence.csv").unlink()
+    study.begin(tmp_path / "sweep", tmp_path)  # has a table
+    assert results.recorded_figures(tmp_path / "sweep") == found
 
 
 # ---- of detection

@@ -4,6 +4,7 @@ import csv
 import importlib.util
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -109,6 +110,38 @@ def test_rows_of_an_earlier_call_stay_in_the_table_of_one_that_is_stopped(tmp_pa
         Sweep(points, tmp_path / "out").run(progress=False)
     rows = list(csv.DictReader((tmp_path / "out" / "results.csv").open(newline="")))
     assert len(rows) == len(points) == 4
+
+
+def test_rows_of_runs_that_are_not_there_any_more_are_kept(tmp_path, monkeypatch, caplog):
+    monkeypatch.chdir(tmp_path)
+    points, made = read_sweep(written(tmp_path / "sweep.yaml")), []
+
+    def make(self, point, children):
+        made.append(point.row)
+        (run := Path(point.config.run_dir)).mkdir(parents=True, exist_ok=True)
+        (run / "summary.json").write_text(f'{{"cpu_seconds": {len(made)}.5}}')
+        (run / "evaluation.json").write_text('{"duplicates": {"memorization_rate": 0.25}}')
+
+    monkeypatch.setattr(Sweep, "_make", make)
+    table = tmp_path / "out" / "results.csv"
+    Sweep(points, tmp_path / "out").run(progress=False)
+    first, parquet = table.read_text(), pq.read_table(table.with_suffix(".parquet"))
+    for point in points[:3]:
+        shutil.rmtree(point.config.run_dir)
+    Sweep(points, tmp_path / "out").run(progress=False)
+    assert made[4:] == [points[3].row] and "3 runs are not there any more" in caplog.text
+    kept = list(csv.DictReader(table.open(newline="")))
+    assert [row["cpu_seconds"] for row in kept if row["run"] != points[3].config.run_dir] == ["2.5", "1.5", "3.5"]
+    assert pq.read_table(table.with_suffix(".parquet")).schema == parquet.schema
+
+    lines = first.splitlines(keepends=True)
+    gone = next(line for line in lines if points[0].config.run_dir in line)
+    table.write_text("".join(line for line in lines if line != gone))
+    Sweep(points, tmp_path / "out").run(progress=False)
+    assert points[0].row in made[5:] and points[1].row not in made[5:]
+    table.write_text("run,cpu_seconds\nx,y\n")
+    with pytest.raises(ValueError, match=r"results.csv is not the table of a sweep"):
+        Sweep(points, tmp_path / "out").run(progress=False)
 
 
 def test_name_of_a_run_depends_on_what_the_weights_depend_on():

@@ -51,6 +51,22 @@ def read_figures(run: Path) -> dict[str, float | None]:
     }
 
 
+def recorded_figures(out: Path) -> dict[str, dict[str, float | None]]:
+    """Run -> its figures, as `read_figures` has them, by the results.csv that an earlier call left; none where there is none.
+
+    Raises:
+        ValueError: the table cannot be read.
+    """
+    path, figures = out / RESULTS, [name for name in COLUMNS if name not in ("method", "setting", "seed", "run", "time_ratio")]
+    if not path.exists():
+        return {}
+    try:
+        with path.open(newline="", encoding="utf-8") as file:
+            return {row["run"]: {name: float(row[name]) if row[name] else None for name in figures} for row in csv.DictReader(file)}
+    except (OSError, ValueError, KeyError, TypeError, csv.Error) as error:
+        raise ValueError(f"{path} is not the table of a sweep: {' '.join(str(error).split())}") from error
+
+
 def agreement_figure(evaluation: dict) -> str | None:
     """The figure by which an evaluation tells agreement: the scenes' scorer's, or else CLIP's; None without either."""
     known = {name for kind in ("duplicates", "distinct") for name in evaluation.get(kind, {})}
