@@ -19,6 +19,7 @@ COPYING = {
 SCENES_CAPTIONS = 60  # of the calibration of a measure that takes its time
 CALIBRATION_PICTURES = 500  # whose pairs say what different pictures have in common, where they are not scenes
 SEED = 20261125  # of which they are
+QUANTILE = "the 99.9% quantile of the same measure over pairs of"
 
 
 def measured(
@@ -116,10 +117,10 @@ def _limit(run: FinishedRun, measure: Measure, side: int) -> tuple[float, str]:
         settings = {} if measure is PIXELS else {"measure": measure, "captions": SCENES_CAPTIONS}
         if side != scenes.RESOLUTION:
             settings["resolution"] = side
-        return memorized_above(**settings), "99.9% of pairs of scenes of one caption"
+        return memorized_above(**settings), f"{QUANTILE} scenes of one caption"
     chosen = np.random.default_rng(SEED).permutation(run.distinct_rows())[:CALIBRATION_PICTURES]
     found = [measure.features(pictures) for _, pictures in run.pictures(chosen, side)]
     if sum(map(len, found)) < 2:
         raise ValueError(f"{run.directory} has fewer than two distinct pictures, by which to say from where on one is "
                          "a copy")  # fmt: skip
-    return distinct_above(np.concatenate(found)), "99.9% of pairs of distinct training pictures"
+    return distinct_above(np.concatenate(found)), f"{QUANTILE} distinct training pictures"

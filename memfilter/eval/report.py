@@ -141,8 +141,7 @@ def limit_in_words(evaluation: dict) -> str | None:
     """From where on a generation counts as memorized, and what that is; None where nothing could be compared."""
     if evaluation["memorized_above"] is None:
         return None
-    basis = str(evaluation.get("memorized_above_is") or "")
-    basis = printable(basis).replace("99.9% of pairs", "the 99.9% quantile of the same measure over pairs")
+    basis = printable(str(evaluation.get("memorized_above_is") or ""))
     return f"the limit of {evaluation['memorized_above']:.3f}" + (basis and f", {basis}")
 
 

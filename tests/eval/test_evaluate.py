@@ -156,7 +156,7 @@ def test_run_on_pictures_of_which_nothing_is_known(folder_copy):
     pictures = np.stack([run.picture(f"{i:02d}", 16) for i in range(12)])
     pairs = [copy_similarity(pictures[i], pictures[j]) for i in range(12) for j in range(i)]
     assert result["memorized_above"] == pytest.approx(np.quantile(pairs, 0.999), abs=1e-6)
-    assert result["memorized_above_is"] == "99.9% of pairs of distinct training pictures"
+    assert result["memorized_above_is"] == "the 99.9% quantile of the same measure over pairs of distinct training pictures"
 
 
 def test_prompts_of_a_file_with_and_without_keys(scenes_copy, tmp_path):

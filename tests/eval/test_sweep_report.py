@@ -292,12 +292,12 @@ def test_agreement_and_the_limit_are_explained_by_what_the_evaluations_say(page,
 
     assert "exceeds the limit of 0.900. Pictures" in text(page)
     assert "small scorer" not in text(page) and "CLIP" not in text(page)  # of which nothing is said there
-    said = {"distinct": {"clip_score": 30.0}, "clip": "<script>alert(1)", "memorized_above_is": "99.9% of pairs of <b>"}
+    said = {"distinct": {"clip_score": 30.0}, "clip": "<script>alert(1)", "memorized_above_is": "the quantile over pairs of <b>"}
     write_runs(tmp_path, lambda row, evaluation: evaluation.update(said))
     write_sweep_report(tmp_path)
     found = text(Page(tmp_path / "report.html"))
     assert "by the CLIP <script>alert(1)." in found and "small scorer" not in found
-    assert "0.900, the 99.9% quantile of the same measure over pairs of <b>." in found
+    assert "0.900, the quantile over pairs of <b>." in found
     figure = data.explained({"agreement": "agreement", "clip": "some/clip"})["agreement_duplicates"]
     assert "by a small scorer of this project" in figure.meaning and "some/clip" not in figure.meaning
 
