@@ -1,11 +1,12 @@
 import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"
+# one thread, here and in what is started: accelerate gives ranks without it a thread for every core, and two tests at a time
+# wait for each other's cores
+os.environ["OMP_NUM_THREADS"] = "1"
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
-
-torch.set_num_threads(1)
 
 
 @pytest.fixture(autouse=True)

@@ -177,6 +177,21 @@ def kill(process: subprocess.Popen) -> None:
     process.wait()
 
 
+def wait_for_end_of(processes: list[psutil.Process], seconds: float = 60) -> None:
+    """Until none of them runs; there may be nobody, or nobody quick, to collect what they leave."""
+    end = time.monotonic() + seconds
+    while left := [process for process in processes if _runs(process)]:
+        assert time.monotonic() < end, f"still there: {left}"
+        time.sleep(0.02)
+
+
+def _runs(process: psutil.Process) -> bool:
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
 def wait_until(condition, process: subprocess.Popen, seconds: float = 120, every: float = 0.002):
     """What the condition gives, once that is something."""
     end = time.monotonic() + seconds

@@ -13,6 +13,7 @@ from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
 
+import launching
 import psutil
 import pyarrow.parquet as pq
 import pytest
@@ -29,7 +30,7 @@ from memfilter.pipelines import model_dir
 from memfilter.sweep import Sweep, describe, read_sweep
 
 ROOT = Path(__file__).resolve().parents[1]
-ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+ENVIRONMENT = os.environ | {"ACCELERATE_USE_CPU": "true"}
 LAUNCH = ["accelerate", "launch", "--num_processes=1", "--num_machines=1", "--mixed_precision=no", "--dynamo_backend=no"]
 
 
@@ -311,7 +312,7 @@ def test_stopping_the_sweep_stops_its_runs(sweep, tmp_path):
     process.send_signal(signal.SIGTERM)
     assert process.wait(timeout=60) == 130
     assert (tmp_path / "errors").read_text().endswith("interrupted\n") and "Traceback" not in (tmp_path / "errors").read_text()
-    assert not psutil.wait_procs(children, timeout=1)[1]  # it has waited for them
+    launching.wait_for_end_of(children, seconds=1)  # it has waited for them
 
 
 @pytest.mark.parametrize(

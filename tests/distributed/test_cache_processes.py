@@ -72,7 +72,7 @@ def kill_at(moment, out, settings, processes: int | None, choose=family) -> None
         everyone = family(process)
         kill(choose(process))
         process.communicate(timeout=60)
-        psutil.wait_procs(everyone, timeout=60)
+        launching.wait_for_end_of(everyone)
     finally:
         with suppress(psutil.NoSuchProcess):
             kill(family(process))

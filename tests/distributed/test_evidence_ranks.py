@@ -249,7 +249,6 @@ def expected(recording):
 
 
 def _rank(recording, out: Path) -> None:
-    torch.set_num_threads(1)
     if not dist.is_initialized():
         dist.init_process_group("gloo")
     assert dist.get_world_size() == 2

@@ -88,7 +88,6 @@ def test_division_of_the_loss_by_accelerate_is_undone(tiny_unet, tiny_batch):
 
 
 def _rank(make_unet, make_batch, taus: dict[str, float]) -> None:
-    torch.set_num_threads(1)
     if not dist.is_initialized():
         dist.init_process_group("gloo")
     assert dist.get_world_size() == 2
@@ -115,7 +114,6 @@ def test_two_ranks_give_the_gradients_of_one_process(tiny_unet, tiny_batch):
 def _sharded_rank(make_unet, make_batch, taus: dict[str, float]) -> None:
     from torch.distributed.fsdp import fully_shard
 
-    torch.set_num_threads(1)
     if not dist.is_initialized():
         dist.init_process_group("gloo")
     assert dist.get_world_size() == 2

@@ -143,7 +143,7 @@ def sessions(settings, nowhere, tmp_path_factory):
         found.opened.append([sum(c.name() == "wandb-core" for c in p.children()) for p in sorted(ranks, key=rank_of)])
         for each in (process, *ranks):
             each.kill()
-        wait_for_end_of(process.processes())
+        launching.wait_for_end_of(process.processes())
     found.configs.append(newest(run)["config"])
     found.from_checkpoint = newest(run)["samples"]
     with job(settings(run, "--checkpoint.resume=true"), nowhere.environment) as process:
@@ -161,14 +161,6 @@ def sessions(settings, nowhere, tmp_path_factory):
     found.configs.append(yaml.safe_load((run / "config.yaml").read_text()))
     found.run, found.files = run, [records(path) for path in files(run)]
     return found
-
-
-def wait_for_end_of(processes: list[psutil.Process]) -> None:
-    """Nobody may be there to collect them."""
-    end = time.monotonic() + 30
-    while any(p.is_running() and p.status() != psutil.STATUS_ZOMBIE for p in processes):
-        assert time.monotonic() < end
-        time.sleep(0.05)
 
 
 def rank_of(process: psutil.Process) -> int:

@@ -311,7 +311,6 @@ def evaluate_with(run, seconds: float = 0) -> None:
 def test_two_processes_write_what_one_does(evaluated, scenes_run, tmp_path, monkeypatch):
     run = shutil.copytree(scenes_run, tmp_path / "run")
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # as torchrun does; accelerate would take all cores there are
     debug_launcher(evaluate_with, args=(run,), num_processes=2)
     assert contents(run) == contents(evaluated[0])
 

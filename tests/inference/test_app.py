@@ -31,7 +31,7 @@ HOSTILE = "<img src=x onerror=alert(1)> a <script>alert(1)</script> cat"
 def served(*settings, **environment):
     command = [sys.executable, "-m", "memfilter.cli", "app", *map(str, settings), "--port=0"]
     process = subprocess.Popen(command, cwd=launching.ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-                               env=os.environ | {"OMP_NUM_THREADS": "1"} | environment)  # fmt: skip
+                               env=os.environ | environment)  # fmt: skip
     try:
         line = process.stdout.readline()
         assert line, process.stderr.read()

@@ -50,9 +50,7 @@ def process(*arguments, **environment):
         cwd=ROOT,
         capture_output=True,
         text=True,
-        env={name: value for name, value in os.environ.items() if not name.startswith("WANDB")}
-        | {"OMP_NUM_THREADS": "1"}
-        | environment,
+        env={name: value for name, value in os.environ.items() if not name.startswith("WANDB")} | environment,
     )
     assert "Traceback" not in done.stderr
     return done.returncode, done.stderr.splitlines()

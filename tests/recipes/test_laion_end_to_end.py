@@ -327,7 +327,7 @@ def end(process: subprocess.Popen) -> None:
         return
     for member in family:
         member.kill()
-    psutil.wait_procs(family)
+    launching.wait_for_end_of(family)
 
 
 def wait_until(condition, process: subprocess.Popen, seconds: float = 120):
@@ -458,7 +458,7 @@ def test_what_is_ended_leaves_no_process_and_no_half_shard_and_what_goes_on_is_n
     )
     for orphan in orphans:
         orphan.kill()
-    psutil.wait_procs(orphans)
+    launching.wait_for_end_of(orphans)
 
     site.asked.clear()
     process = command(*arguments)
@@ -468,7 +468,7 @@ def test_what_is_ended_leaves_no_process_and_no_half_shard_and_what_goes_on_is_n
     assert family
     process.terminate()
     assert process.wait(30) == 128 + signal.SIGTERM
-    assert not psutil.wait_procs(family, timeout=5)[1]
+    launching.wait_for_end_of(family, seconds=5)
     assert not list((tmp_path / "out").glob("*.tar"))
     site.close()
 

@@ -53,7 +53,7 @@ def started(command, where, **environment):
     process = subprocess.Popen(
         list(map(str, command)),
         cwd=where,
-        env=fresh | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PATH": path} | environment,
+        env=fresh | {"PATH": path} | environment,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,

@@ -1,7 +1,6 @@
 """The real command: what a run leaves. How it refuses is in test_bad_input."""
 
 import json
-import os
 import subprocess
 import sys
 import time
@@ -26,7 +25,6 @@ def train_filtered(*arguments):
         cwd=ROOT,
         capture_output=True,
         text=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
     )
 
 

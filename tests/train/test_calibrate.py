@@ -189,7 +189,6 @@ def test_same_settings_give_the_same_file_and_another_seed_does_not(settings, ca
 
 
 def _rank(config, out) -> None:
-    torch.set_num_threads(1)
     calibrate(config, out, KEYS, LOOKS, progress=False)
     assert dist.get_world_size() == 2
 
