@@ -21,6 +21,21 @@ class UnguidedError(ValueError):
     """A generation without classifier-free guidance has no null prediction."""
 
 
+class NotFiniteError(ValueError):
+    """Norms of a generation are not finite.
+
+    Args:
+        pictures: of which; their numbers in the batch.
+        names: of all pictures of the batch, for the message; by default their numbers.
+    """
+
+    def __init__(self, pictures: Sequence[int], names: Sequence[str] | None = None):
+        self.pictures = pictures
+        which = "; ".join(names[row] if names else f"picture {row}" for row in pictures[:3]) + ("; ..." if len(pictures) > 3 else "")
+        super().__init__(f"the norm is not finite of {which}: the weights are broken, or their precision does not hold what is "
+                         "predicted; load the model in float32")  # fmt: skip
+
+
 @dataclass(frozen=True)
 class Call:
     """One call under guidance, in two halves.
@@ -111,20 +126,14 @@ def first_readable(scheduler, steps: int) -> int:
     raise ValueError(f"steps: none of {steps} tells anything of the noise, at zero terminal SNR: ask for more")
 
 
-def require_finite(norms: Tensor, names: Sequence[str] | None = None) -> None:
-    """Of norms that can be read: one that is not finite is neither above a threshold nor below it.
-
-    Args:
-        norms: [B] or [B, S].
-        names: of the pictures; by default their numbers.
+def require_finite(norms: Tensor) -> None:
+    """Of norms that can be read, [B] or [B, S]: one that is not finite is neither above a threshold nor below it.
 
     Raises:
-        ValueError: one is not finite; names the picture.
+        NotFiniteError: for those pictures.
     """
     if bad := (~norms.isfinite()).reshape(len(norms), -1).any(1).nonzero().flatten().tolist():
-        which = "; ".join(names[row] if names else f"picture {row}" for row in bad[:3]) + ("; ..." if len(bad) > 3 else "")
-        raise ValueError(f"the norm is not finite of {which}: the weights are broken, or their precision does not hold what is "
-                         "predicted; load the model in float32")  # fmt: skip
+        raise NotFiniteError(bad)
 
 
 @contextmanager

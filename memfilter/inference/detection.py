@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 
 import numpy as np
@@ -13,7 +14,7 @@ from memfilter.data.shards import printable
 from memfilter.eval.copies import PIXELS, Measure
 from memfilter.eval.generate import Job, arguments_of, generate_batch
 from memfilter.eval.parts import Parts, fingerprint
-from memfilter.inference.calls import first_calls, first_readable
+from memfilter.inference.calls import NotFiniteError, first_calls, first_readable
 from memfilter.inference.clean import CleanNorms, mean_norm
 from memfilter.inference.rivals import RIVALS, anisotropy, density, distances, own_loss, tiled_distance
 from memfilter.inference.watching import watch
@@ -65,9 +66,14 @@ def jobs_of(number: int, prompt: str, seeds: int, batch_size: int) -> list[list[
     return [jobs[start : start + batch_size] for start in range(0, seeds, batch_size)]
 
 
-def names_of(jobs: Sequence[Job]) -> list[str]:
-    """Of pictures, for messages."""
-    return [f"prompt '{printable(job.prompt)[:100]}', seed {job.seed}" for job in jobs]
+@contextmanager
+def named(jobs: Sequence[Job]) -> Iterator[None]:
+    """A norm of theirs that is not finite is told by prompt and seed; inside, pictures have numbers only."""
+    try:
+        yield
+    except NotFiniteError as error:
+        names = [f"prompt '{printable(job.prompt)[:100]}', seed {job.seed}" for job in jobs]
+        raise NotFiniteError(error.pictures, names) from None
 
 
 @dataclass
@@ -177,12 +183,12 @@ def require_rivals(rivals: Sequence[str], seeds: int) -> None:
 
 def _measure_batch(pipeline, batch: list[Job], sampling: Sampling, rivals: Sequence[str], until: int | None) -> dict:
     form = (sampling.steps, sampling.guidance_scale, sampling.size)
-    with watch(pipeline, cosine="anisotropy" in rivals, names=names_of(batch)) as seen:
+    with named(batch), watch(pipeline, cosine="anisotropy" in rivals) as seen:
         if until is None:
             pictures = generate_batch(pipeline, batch, *form)
         else:
             first_calls(pipeline, until, **arguments_of(batch, *form))
-    found = {"norms": seen.norms.numpy(), "timesteps": seen.timesteps.numpy()}
+        found = {"norms": seen.norms.numpy(), "timesteps": seen.timesteps.numpy()}
     if "anisotropy" in rivals:
         found["anisotropy"] = seen.cosines.numpy()
     if {"density_l2", "density_copies"} & {*rivals}:

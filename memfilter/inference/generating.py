@@ -17,7 +17,7 @@ from PIL import Image
 from memfilter.eval.generate import Job, arguments_of, unchecked
 from memfilter.files import atomic
 from memfilter.inference.calls import Call, first_calls, require_finite
-from memfilter.inference.detection import Sampling, jobs_of, names_of
+from memfilter.inference.detection import Sampling, jobs_of, named
 from memfilter.inference.mitigation import add_random_tokens, adjusted_call
 from memfilter.inference.models import Model
 from memfilter.inference.watching import watch
@@ -90,7 +90,8 @@ def generate_prompt(
     if acting:
         calls = [first_calls(pipeline, first, **arguments_of(jobs, *form))[-1] for jobs in batches]
         norms = torch.cat([call.norm(pipeline.scheduler) for call in calls])
-        require_finite(norms, [name for jobs in batches for name in names_of(jobs)])
+        with named([job for jobs in batches for job in jobs]):
+            require_finite(norms)
         before = norms.float().cpu().numpy()
         acting = how.threshold is None or float(before.mean()) >= how.threshold
     found = [_batch(pipeline, jobs, call, form, how if acting else Mitigation()) for jobs, call in zip(batches, calls, strict=True)]
@@ -106,12 +107,13 @@ def _batch(pipeline, jobs: list[Job], call: Call | None, form: tuple, how: Mitig
         jobs = [job._replace(prompt=add_random_tokens(pipeline.tokenizer, job, how.tokens)) for job in jobs]
         arguments = arguments_of(jobs, *form)
     elif how.kind == "prompt":
-        adjusted = adjusted_call(pipeline, call, how.target, names=names_of(jobs))
+        with named(jobs):
+            adjusted = adjusted_call(pipeline, call, how.target)
         iterations = adjusted.iterations.numpy()
         arguments = {name: value for name, value in arguments.items() if name != "prompt"} | adjusted.arguments()
-    with unchecked(pipeline), watch(pipeline, names=names_of(jobs)) as seen:
-        images = pipeline(**arguments).images
-    return np.round(images * 255).astype(np.uint8), seen.norms.numpy(), iterations, np.array([job.prompt for job in jobs], object)
+    with named(jobs), unchecked(pipeline), watch(pipeline) as seen:
+        images, norms = pipeline(**arguments).images, seen.norms.numpy()
+    return np.round(images * 255).astype(np.uint8), norms, iterations, np.array([job.prompt for job in jobs], object)
 
 
 def write_pictures(model: Model, prompts: list[str], sampling: Sampling, how: Mitigation, out: Path, batch_size: int = 16) -> int:

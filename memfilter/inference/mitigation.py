@@ -12,7 +12,7 @@ from memfilter.config import MitigationConfig
 from memfilter.data.captions import caption_change
 from memfilter.eval.generate import Job, call_arguments, generator_of
 from memfilter.inference.calls import Call, first_calls, require_finite
-from memfilter.inference.detection import Sampling, names_of
+from memfilter.inference.detection import Sampling, named
 from memfilter.inference.significance import embedding_gradient, frozen
 
 
@@ -80,19 +80,12 @@ def adjust_prompt(
         one.set_state(given.get_state())
     arguments = call_arguments(prompts, unspent, sampling.steps, sampling.guidance_scale, sampling.size)
     call = first_calls(pipeline, sampling.first_readable(pipeline), **arguments)[-1]
-    names = names_of([Job(0, text, one.initial_seed()) for text, one in zip(prompts, generator, strict=True)])
-    return adjusted_call(pipeline, call, target, learning_rate, iterations, names)
+    with named([Job(0, text, one.initial_seed()) for text, one in zip(prompts, generator, strict=True)]):
+        return adjusted_call(pipeline, call, target, learning_rate, iterations)
 
 
-def adjusted_call(
-    pipeline,
-    call: Call,
-    target: float,
-    learning_rate: float = 0.05,
-    iterations: int = 10,
-    names: Sequence[str] | None = None,
-) -> Adjusted:
-    """`adjust_prompt`, at a call that has been made; ``names`` of the pictures are for error messages."""
+def adjusted_call(pipeline, call: Call, target: float, learning_rate: float = 0.05, iterations: int = 10) -> Adjusted:
+    """`adjust_prompt`, at a call that has been made."""
     if iterations < 1 or not target > 0:
         raise ValueError(f"target and iterations must be above 0, found {target} and {iterations}")
     given = call.cond["encoder_hidden_states"].detach()  # [B, L, D]
@@ -101,7 +94,7 @@ def adjusted_call(
     made, before = torch.zeros(len(embeds), dtype=torch.long), None
     with frozen(pipeline.unet):
         for _ in range(iterations):
-            norm, gradient = embedding_gradient(pipeline, call, embeds.to(given.dtype), names)
+            norm, gradient = embedding_gradient(pipeline, call, embeds.to(given.dtype))
             before = norm if before is None else before
             going_on = norm > target  # [B]
             if not going_on.any():
@@ -114,7 +107,7 @@ def adjusted_call(
     embeds = embeds.detach().to(given.dtype)
     with torch.no_grad():
         after = call.norm(pipeline.scheduler, call.cond_again(pipeline.unet, embeds))
-    require_finite(after, names)
+    require_finite(after)
     added = {half: (getattr(call, half).get("added_cond_kwargs") or {}).get("text_embeds") for half in ("cond", "null")}
     pooled = {"pooled_prompt_embeds": added["cond"], "negative_pooled_prompt_embeds": added["null"]}
     pooled = {name: value for name, value in pooled.items() if value is not None}

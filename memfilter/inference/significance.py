@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from memfilter.eval.generate import arguments_of
 from memfilter.inference.calls import Call, first_calls, require_finite
-from memfilter.inference.detection import Sampling, jobs_of, names_of
+from memfilter.inference.detection import Sampling, jobs_of, named
 
 
 @dataclass(frozen=True)
@@ -66,29 +66,26 @@ def token_significance(
     scores, form = [], (sampling.steps, sampling.guidance_scale, sampling.size)
     for jobs in jobs_of(number, prompt, sampling.seeds, batch_size):
         calls = first_calls(pipeline, max(steps) + 1, **arguments_of(jobs, *form))
-        with frozen(pipeline.unet):
-            found = [embedding_gradient(pipeline, calls[step], names=names_of(jobs))[1] for step in steps]  # [B, L, D] each
+        with named(jobs), frozen(pipeline.unet):
+            found = [embedding_gradient(pipeline, calls[step])[1] for step in steps]  # [B, L, D] each
         scores.append(torch.stack([gradient.float().norm(dim=-1) for gradient in found]).mean(0))  # [B, L]
     return words_of(pipeline.tokenizer, prompt, torch.cat(scores).mean(0).tolist())
 
 
-def embedding_gradient(
-    pipeline, call: Call, prompt_embeds: Tensor | None = None, names: Sequence[str] | None = None
-) -> tuple[Tensor, Tensor]:
+def embedding_gradient(pipeline, call: Call, prompt_embeds: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """The norm of every sample, [B], and its gradient with respect to the prompt's embedding, [B, L, D].
 
     Args:
         prompt_embeds: another embedding than the call's, [B, L, D].
-        names: of the pictures, for error messages; by default their numbers.
 
     Raises:
-        ValueError: a norm is not finite.
+        NotFiniteError: of a norm.
     """
     embeds = (call.cond["encoder_hidden_states"] if prompt_embeds is None else prompt_embeds).detach().clone()
     with torch.enable_grad():
         embeds.requires_grad_()
         norm = call.norm(pipeline.scheduler, call.cond_again(pipeline.unet, embeds))
-        require_finite(norm.detach(), names)
+        require_finite(norm.detach())
         (gradient,) = torch.autograd.grad(norm.sum(), embeds)  # samples do not meet, so each row is its own gradient
     return norm.detach(), gradient
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -37,7 +37,6 @@ class Generation:
     """
 
     _scheduler: object
-    _names: Sequence[str] | None = None
     _timesteps: list = field(default_factory=list)
     _norms: list[Tensor] = field(default_factory=list)
     _cosines: list[Tensor] = field(default_factory=list)
@@ -53,11 +52,11 @@ class Generation:
         """Of the text-conditional noise prediction, fp32 [B, S]; NaN where the prediction tells nothing of the noise.
 
         Raises:
-            ValueError: one that can be read is not finite; names the picture.
+            NotFiniteError: one that can be read is not finite.
         """
         factors = torch.tensor([readable_factor(self._scheduler, t) for t in self._timesteps])
         norms = torch.stack(self._norms, dim=1).cpu()
-        require_finite(norms[:, factors.isfinite()], self._names)
+        require_finite(norms[:, factors.isfinite()])
         return norms * factors
 
     @property
@@ -94,7 +93,6 @@ def watch(
     on_memorized: Callable[[MemorizationDetected], None] | None = None,
     cosine: bool = False,
     unit: str = "l2",
-    names: Sequence[str] | None = None,
 ) -> Iterator[Watch]:
     """Reads the norms of all generations of a pipeline meanwhile; the pictures are bit for bit what they would be.
 
@@ -118,7 +116,6 @@ def watch(
             generation.
         cosine: whether ``cosines`` are measured too (`memfilter.functional.text_cosine`).
         unit: of the norms, ``l2`` or ``rms``.
-        names: of the pictures, for error messages; by default their numbers.
 
     Raises:
         ValueError: after or images_per_prompt do not fit the generation, or a norm that is compared is not finite.
@@ -139,7 +136,7 @@ def watch(
         if begins:
             if threshold is not None:
                 _require_fit(call, pipeline, after, images_per_prompt)
-            open_generation = Generation(pipeline.scheduler, names)
+            open_generation = Generation(pipeline.scheduler)
             seen.generations.append(open_generation)
         with torch.no_grad():
             open_generation._timesteps.append(call.timestep)

@@ -16,7 +16,7 @@ from diffusers import (
 )
 
 from memfilter.inference import MemorizationDetected, watch
-from memfilter.inference.calls import UnguidedError, factor_at, first_calls
+from memfilter.inference.calls import NotFiniteError, UnguidedError, factor_at, first_calls
 
 SCHEDULERS = (DDIMScheduler, DPMSolverMultistepScheduler, EulerDiscreteScheduler, PNDMScheduler, LMSDiscreteScheduler,
               HeunDiscreteScheduler)  # fmt: skip
@@ -157,10 +157,11 @@ def test_norm_that_is_not_finite_ends_the_comparison_with_its_picture(broken):
     for threshold in (0.0, 1e9):
         with watch(broken, threshold=threshold, images_per_prompt=2), pytest.raises(ValueError, match="of picture 3:"):
             generated(broken)
-    with watch(broken, names=["a", "b", "c", "d"]) as seen:
+    with watch(broken) as seen:
         generated(broken)
-    with pytest.raises(ValueError, match="not finite of d:"):
+    with pytest.raises(NotFiniteError, match="not finite of picture 3:") as error:
         seen.norms  # noqa: B018
+    assert error.value.pictures == [3]
 
 
 def test_guidance_that_is_switched_off_on_the_way_ends_the_norms(sd1):
