@@ -66,7 +66,7 @@ def kept(table: Path, recipe: str) -> list[dict]:
     """Rows that an earlier call by the same recipe left in a table, their numbers as numbers; none where there is no table."""
     if not table.exists():
         return []
-    found = pd.read_csv(table, keep_default_na=False)
+    found = pd.read_csv(table, keep_default_na=False, dtype={"recipe": str})  # else one without letters is a number
     return found[found["recipe"] == recipe].to_dict("records") if "recipe" in found else []
 
 

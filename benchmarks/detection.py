@@ -13,10 +13,10 @@ verification does.
 
 Adds rows to docs/results/detection.csv as it goes; seeds whose rows are there are not done anew. docs/results/detection.md has
 means over models with 95% intervals (Student's t), by how much the metric is ahead of each other method, paired by model, and
-where the paper's order (the norm ahead of both densities at every cost) does not hold. Columns: steps, how many of the sampler's the score
-goes by (all: the whole generation); n, generations of each prompt; auc; tpr_at_1pct_fpr, at the last threshold below 1%, as in
-the paper's code; seconds of one CPU core for one prompt. n = 32 is of all positives and 60 negatives, among which 1% is none; rows
-of fewer generations with as many negatives, to be held against it, are in docs/results/detection_subset.csv.
+where the paper's order (the norm ahead of both densities at every cost) does not hold. Columns: steps, how many of the sampler's
+the score goes by (all: the whole generation); n, generations of each prompt; auc; tpr_at_1pct_fpr, at the last threshold below 1%,
+as in the paper's code; seconds of one CPU core for one prompt. n = 32 is of all positives and 60 negatives, among which 1% is none;
+rows of fewer generations with as many negatives, to be held against it, are in docs/results/detection_subset.csv.
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ STEPS, GUIDANCE = 20, 4.0  # as `memfilter evaluate` has it
 RECIPE = recipe("quickstart.yaml", STEPS, GUIDANCE)
 NEGATIVE, OF_MANY, MANY, OTHERS = 500, 60, 32, 60
 RIVALS = ("density_l2", "density_copies", "anisotropy", "loss")
+MADE_BY = recipe("quickstart.yaml", RECIPE, NEGATIVE, OF_MANY, MANY, OTHERS, RIVALS)
 COLUMNS = ["method", "steps", "n", "seed", "auc", "tpr_at_1pct_fpr", "seconds", "positive", "negative",
            "recipe"]  # fmt: skip
 
@@ -164,14 +165,14 @@ def main() -> None:
         job(work, args.job)
         return
     table_path, subset_path = (args.out / f"{name}.csv" for name in ("detection", "detection_subset"))
-    rows = kept(table_path, RECIPE)
-    rows += [row for row in kept(subset_path, RECIPE) if row["n"] != MANY and row["seed"] in {other["seed"] for other in rows}]
+    rows = kept(table_path, MADE_BY)
+    rows += [row for row in kept(subset_path, MADE_BY) if row["n"] != MANY and row["seed"] in {other["seed"] for other in rows}]
 
     def make(seed: int) -> list[dict]:
         made = work / f"rows-{seed}.json"
         if not made.exists():
             call(work / "log", __file__, f"--job={seed}", f"--work_dir={args.work_dir.resolve()}")
-        return [row | {"recipe": RECIPE} for row in json.loads(made.read_text())]
+        return [row | {"recipe": MADE_BY} for row in json.loads(made.read_text())]
 
     def save() -> None:
         rows.sort(key=lambda row: (-row["negative"], row["n"], row["seed"]))

@@ -5,12 +5,12 @@
 The sweep begins with the rows that docs/results has, those of study.csv and, of evidence.csv, those of the same settings: a run
 that was made on another machine is not made again. Reads the sweep's results.csv; writes docs/results/study.csv, study.md (means
 over seeds with 95% intervals, and the comparisons, whichever way they fall) and the report's figure of copying against agreement.
-How settings are chosen, for every method alike: of
-those whose agreement on distinct prompts is, in the mean over seeds, at least 98% of that of the opponent, the one that memorizes
-least. Agreement does not tell what was learnt, since the model could draw such pictures before, so a choice may drop at most a
-fifth of the distinct samples; the rows of base say what a method would get that dropped everything. De-duplication and the oracle
-are what others are held against as they are. A choice by the seeds that it is reported on flatters whoever has more settings, so
-every comparison is also made with the settings chosen, for each seed, on the other seeds.
+How settings are chosen, for every method alike: of those whose agreement on distinct prompts is, in the mean over seeds, at least
+98% of that of the opponent, the one that memorizes least. Agreement does not tell what was learnt, since the model could draw such
+pictures before, so a choice may drop at most a fifth of the distinct samples; the rows of base say what a method would get that
+dropped everything. De-duplication and the oracle are what others are held against as they are. A choice by the seeds that it is
+reported on flatters whoever has more settings, so every comparison is also made with the settings chosen, for each seed, on the
+other seeds.
 """
 
 from __future__ import annotations

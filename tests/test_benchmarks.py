@@ -41,10 +41,10 @@ def test_seeds_of_the_same_recipe_in_the_table_are_not_made_again(benchmark, tmp
         if seed == 3:
             raise SystemExit("failed")
         asked.append(seed)
-        return [{"seed": seed, "steps": "all", "copied": True, "rate": 0.5 * seed, "recipe": "x"}]
+        return [{"seed": seed, "steps": "all", "copied": True, "rate": 0.5 * seed, "recipe": "123456789012"}]
 
     def call(seeds) -> list[dict]:
-        rows = common.kept(table, "x")
+        rows = common.kept(table, "123456789012")
         common.complete(rows, seeds, make, lambda: common.write_csv(table, columns, rows), 1)
         return rows
 
@@ -52,7 +52,7 @@ def test_seeds_of_the_same_recipe_in_the_table_are_not_made_again(benchmark, tmp
         call((1, 3))
     assert call((1, 2)) == make(1) + make(2)
     assert asked == [1, 2, 1, 2]  # the last two by the line above
-    assert common.kept(table, "y") == [] == common.kept(tmp_path / "none.csv", "x")
+    assert common.kept(table, "y") == [] == common.kept(tmp_path / "none.csv", "y")
 
 
 # ---- of evidence
