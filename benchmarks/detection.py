@@ -104,7 +104,7 @@ def job(work: Path, seed: int) -> None:
     cost = seconds(pipeline, negative[:4])
     for row in rows:
         row["seconds"] = round(cost[row["method"], row["steps"]] * row["n"], 3)
-    write_json(work / f"rows-{seed}.json", rows)
+    write_json(work / f"rows-{seed}-{MADE_BY}.json", rows)
 
 
 def seconds(pipeline, prompts: list[str], repeats: int = 3) -> dict[tuple[str, str], float]:
@@ -169,7 +169,7 @@ def main() -> None:
     rows += [row for row in kept(subset_path, MADE_BY) if row["n"] != MANY and row["seed"] in {other["seed"] for other in rows}]
 
     def make(seed: int) -> list[dict]:
-        made = work / f"rows-{seed}.json"
+        made = work / f"rows-{seed}-{MADE_BY}.json"
         if not made.exists():
             call(work / "log", __file__, f"--job={seed}", f"--work_dir={args.work_dir.resolve()}")
         return [row | {"recipe": MADE_BY} for row in json.loads(made.read_text())]

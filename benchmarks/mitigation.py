@@ -45,9 +45,8 @@ def job(work: Path, seed: int) -> None:
     run, pipeline, copied = FinishedRun(directory), load_trained(directory), verified(directory)
     prompts = [p for p in run.prompts(DISTINCT) if not p.duplicate or p.text in copied]
     scenes, limit = run.scenes([p.key for p in prompts]), memorized_above()
-    sampling, out = Sampling(4, STEPS, GUIDANCE), work / f"mitigation-{seed}.json"
+    sampling, out = Sampling(4, STEPS, GUIDANCE), work / f"mitigation-{seed}-{MADE_BY}.json"
     rows = json.loads(out.read_text()) if out.exists() else []
-    rows = [row for row in rows if (row["method"], row["setting"]) in SETTINGS]
     for method, setting in SETTINGS:
         if (method, setting) in {(row["method"], row["setting"]) for row in rows}:
             continue
@@ -110,7 +109,7 @@ def main() -> None:
 
     def make(seed: int) -> list[dict]:
         call(work / "log", __file__, f"--job={seed}", f"--work_dir={args.work_dir.resolve()}")
-        return [row | {"recipe": MADE_BY} for row in json.loads((work / f"mitigation-{seed}.json").read_text())]
+        return [row | {"recipe": MADE_BY} for row in json.loads((work / f"mitigation-{seed}-{MADE_BY}.json").read_text())]
 
     def save() -> None:
         rows.sort(key=lambda row: (SETTINGS.index((row["method"], row["setting"])), row["seed"]))
