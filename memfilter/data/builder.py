@@ -218,15 +218,16 @@ def _matches(listed: list[dict], usable: pa.Table, order: list[int]) -> Iterator
     for row in order:
         for name, values in columns.items():
             if values[row] is not None:
-                places[name, _plain(values[row])].append(row)
+                places[name, _folded(name, values[row])].append(row)
     for entry in listed:
-        found = [places.get((name, _plain(entry[name])), []) for name in columns if name in entry]
+        found = [places.get((name, _folded(name, entry[name])), []) for name in columns if name in entry]
         yield entry, list(dict.fromkeys(row for rows in found for row in rows))
 
 
-def _plain(text: str) -> str:
-    """Without the differences in white space that lists and shards have."""
-    return " ".join(text.split())
+def _folded(name: str, text: str) -> str:
+    """Without the differences in white space that lists and shards have, and of captions in case."""
+    text = " ".join(text.split())
+    return text.lower() if name == "caption" else text
 
 
 def _rows(usable: pa.Table, choice: Choice, plan: Plan, others: list[str] | None) -> pa.Table:

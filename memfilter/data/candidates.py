@@ -187,9 +187,9 @@ def _hash_sample(data: Path, unit: Unit, shards: Shards, key: str) -> dict:
         if isinstance(detail, UnidentifiedImageError):  # whose message has an address in memory
             detail = "no picture of a known kind"
         return _lost(row, TOO_LARGE if isinstance(error, TooLarge) else UNREADABLE, str(detail))
+    row["hash"], row["mirrored"] = perceptual_hashes(picture)
     if not caption:
         return _lost(row, NO_CAPTION, "")
-    row["hash"], row["mirrored"] = perceptual_hashes(picture)
     return row | {"sha256": hashlib.sha256(content).digest(), "caption": caption, "url": _url(shards, key)}
 
 

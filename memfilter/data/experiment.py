@@ -20,6 +20,7 @@ from memfilter.data.shards import Shards, write_shards
 
 ROLES = ("distinct", "duplicate")
 INDEX = "index.parquet"
+PLACE = ["shard", "offset"]  # columns of a manifest: where a picture's bytes stand
 HEADER = b"memfilter"  # under which a manifest keeps its JSON header in the metadata of its schema
 
 
@@ -33,6 +34,7 @@ class Experiment:
     contents: str = ""  # a manifest's fingerprint of pictures and captions
     groups: Sequence[str] | None = None  # of samples whose contents are near duplicates; None where nothing is known
     before: Experiment | None = None  # de-duplication
+    pictures: Sequence[str] | None = None  # key of the first sample with the same bytes; None where all differ, or nothing is known
 
     @classmethod
     def read(cls, path: str | os.PathLike) -> Experiment:
@@ -40,14 +42,20 @@ class Experiment:
         repeats, and perhaps group: an index or a manifest.
 
         Raises:
-            ValueError: a column is missing, a role is unknown, or a sample repeats less than once.
+            ValueError: a column or a value in it is missing, a role is unknown, or a sample repeats less than once.
         """
         columns, schema = ["key", "role", "repeats"], pq.read_schema(path)
         if missing := set(columns) - set(schema.names):
             raise ValueError(f"index {path} lacks the columns {', '.join(sorted(missing))}")
-        columns += ["group"] * ("group" in schema.names)
+        columns += [name for name in ("group", *PLACE) if name in schema.names]
         table = pq.read_table(path, columns=columns, partitioning=None)
-        roles, repeats = np.array(table["role"].to_pylist(), object), table["repeats"].to_numpy()
+        keys, roles, repeats = table["key"].to_pylist(), np.array(table["role"].to_pylist(), object), table["repeats"].to_numpy()
+        if bad := [key for key in keys if not isinstance(key, str)]:
+            raise ValueError(f"index {path} has the key {bad[0]!r}: expected text")
+        # pandas writes integers as floats where one is missing
+        if repeats.dtype.kind not in "iuf" or not np.isfinite(repeats).all() or (repeats % 1).any():
+            raise ValueError(f"index {path} has repeats that are no whole numbers, or lacks some")
+        repeats = repeats.astype(np.int64)
         known = roles != None  # noqa: E711  elementwise
         if unknown := set(roles) - set(ROLES) - ({None} if not known.any() else set()):
             raise ValueError(f"index {path} has the roles {sorted(map(str, unknown))}: expected {' or '.join(ROLES)}")
@@ -57,9 +65,16 @@ class Experiment:
             contents = str(json.loads(schema.metadata[HEADER])["data"])
         except (KeyError, TypeError, ValueError, RecursionError):  # no manifest; opening it refuses a broken one
             contents = ""
-        groups = table["group"].to_pylist() if "group" in columns else None
+        groups = pictures = None
+        if "group" in columns:
+            names = zip(keys, table["group"].to_pylist(), strict=True)
+            groups = [f"alone: {key}" if name is None else str(name) for key, name in names]
         duplicate = roles == "duplicate" if known.any() or not len(roles) else None
-        return cls(table["key"].to_pylist(), duplicate, repeats, contents, groups)
+        if set(PLACE) <= set(columns) and len(table.group_by(PLACE).aggregate([])) < len(table):
+            first: dict[tuple, str] = {}
+            places = zip(*(table[name].to_pylist() for name in PLACE), strict=True)
+            pictures = [first.setdefault(place, key) for place, key in zip(places, keys, strict=True)]
+        return cls(keys, duplicate, repeats, contents, groups, pictures=pictures)
 
     @classmethod
     def of_shards(cls, shards: Shards) -> Experiment:
@@ -77,7 +92,7 @@ class Experiment:
             raise ValueError("mitigation.deduplicate needs a column group in the index: make one with `memfilter prepare groups`")
         _, rows = np.unique(np.asarray(self.groups, dtype=object), return_index=True)
         rows.sort()
-        names = {"keys": self.keys, "groups": self.groups}
+        names = {"keys": self.keys, "groups": self.groups} | ({} if self.pictures is None else {"pictures": self.pictures})
         chosen: dict = {name: [values[row] for row in rows] for name, values in names.items()} | {"before": self}
         if self.duplicate is not None:
             chosen["duplicate"] = self.duplicate[rows]
@@ -95,6 +110,10 @@ class Experiment:
         if self.before is None or self.duplicate is None:
             return None
         return 1 - float((~self.duplicate).sum() / max(1, (~self.before.duplicate).sum()))
+
+    def picture(self, row: int) -> str:
+        """A name for the picture of a row, the key of a sample that has it: samples with the same bytes have it in common."""
+        return self.keys[row] if self.pictures is None else self.pictures[row]
 
     def virtual(self) -> np.ndarray:
         """Row of every virtual sample, int [sum of repeats]."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -10,8 +11,10 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from memfilter.data.candidates import candidates
-from memfilter.data.duplicates import near_pairs
-from memfilter.data.experiment import index_beside
+from memfilter.data.duplicates import HASH_BYTES, near_pairs
+from memfilter.data.experiment import PLACE, index_beside
+from memfilter.data.manifest import is_manifest
+from memfilter.data.shards import Shards
 from memfilter.files import atomic
 
 
@@ -38,18 +41,24 @@ def prepare_groups(data: Path, index: Path | None = None, max_bits: int = 6, pro
     if not 0 <= max_bits <= 31:
         raise ValueError(f"max_bits must be at least 0 and at most 31, found {max_bits}")
     index = index or index_beside(data)
-    found = candidates(data, (data if data.is_dir() else data.parent) / "hashes", processes)
-    found = found.filter(pc.is_valid(found["hash"]))
-    keys = found["key"].to_pylist()
-    hashes = np.frombuffer(b"".join(found["hash"].to_pylist()), np.uint8).reshape(len(keys), -1)
-    group = dict(zip(keys, _connected(len(keys), near_pairs(hashes, max_bits)).tolist(), strict=True))
+    found = candidates(data, data / "hashes", processes)
     if index.is_file():
         table = pq.read_table(index, partitioning=None)
     else:
-        count = len(keys)
-        table = pa.table({"key": keys, "role": pa.nulls(count, pa.string()), "repeats": [1] * count})  # nobody knows their roles
+        keys = Shards.open(data).keys()
+        table = pa.table({"key": keys, "role": pa.nulls(len(keys), pa.string()), "repeats": [1] * len(keys)})  # nobody knows roles
+    found = found.filter(pc.is_valid(found["hash"]))
+    keys = found["key"].to_pylist()
+    hashes = np.frombuffer(b"".join(found["hash"].to_pylist()), np.uint8).reshape(len(keys), HASH_BYTES)
+    # pictures with one hash are near each other, and there may be many of them: pairs are looked for among hashes
+    hashes, first, same = np.unique(hashes, axis=0, return_index=True, return_inverse=True)
+    order = np.argsort(np.argsort(first))  # hashes by their first pictures, for whom groups are called
+    pairs = order[near_pairs(hashes, max_bits)]
+    names = [keys[row] for row in np.sort(first)[_connected(len(hashes), pairs)[order[same.ravel()]]].tolist()]
+    columns = PLACE if is_manifest(index) else ["key"]  # a picture of a manifest may have several keys
+    group = dict(zip(_rows(found, columns), names, strict=True))
     # a sample that cannot be read has a group of its own
-    names = [keys[group[key]] if key in group else key for key in table["key"].to_pylist()]
+    names = [group.get(row, key) for row, key in zip(_rows(table, columns), table["key"].to_pylist(), strict=True)]
     if "group" in table.column_names:
         table = table.drop_columns(["group"])
     table = table.append_column("group", pa.array(names, pa.string()))
@@ -57,6 +66,10 @@ def prepare_groups(data: Path, index: Path | None = None, max_bits: int = 6, pro
         pq.write_table(table, partial)
     _, counts = np.unique(names, return_counts=True)
     return int((counts > 1).sum())
+
+
+def _rows(table: pa.Table, columns: Sequence[str]) -> Iterator[tuple]:
+    return zip(*(table[name].to_pylist() for name in columns), strict=True)
 
 
 def _connected(count: int, pairs: np.ndarray) -> np.ndarray:

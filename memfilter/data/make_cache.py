@@ -8,6 +8,7 @@ import json
 import re
 from collections.abc import Callable, Iterator, Sequence, Set
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Literal
 
@@ -88,14 +89,24 @@ def make_cache(
 
 
 class _Views(SampleDataset):
-    """Every view of every sample in turn; mirrored ones follow their originals."""
+    """Every view of every picture in turn; mirrored ones follow their originals."""
+
+    @cached_property
+    def pictures(self) -> dict[str, int]:
+        """Name -> number, of every picture once."""
+        names = map(self.experiment.picture, range(len(self.experiment.keys)))
+        return {name: number for number, name in enumerate(dict.fromkeys(names))}
+
+    @cached_property
+    def _names(self) -> list[str]:
+        return list(self.pictures)
 
     def __len__(self) -> int:
-        return len(self.experiment.keys) * (1 + self.view.random_flip)
+        return len(self.pictures) * (1 + self.view.random_flip)
 
     def __getitem__(self, number: int) -> dict:
-        row, flip = divmod(number, 1 + self.view.random_flip)
-        key = self.experiment.keys[row]
+        number, flip = divmod(number, 1 + self.view.random_flip)
+        key = self._names[number]
         sample = {"view": (key, None, bool(flip)), "pixels": None, "original_size": None, "crop_top_left": None}
         try:
             self.shards.caption(key)
@@ -120,6 +131,8 @@ class _Writer:
         listed = hashlib.sha256("\0".join(self.captions).encode()).hexdigest()
         # what decides the bytes of the files, beside what decides what they mean
         form = {"dtype": dtype, "samples_per_shard": per_shard, "train.batch_size": self.batch_size, "captions": listed}
+        if len(views.pictures) < len(views.experiment.keys):
+            form["pictures"] = len(views.pictures)
         self.header = {"fingerprint": made_from, "form": form}
         self.per_shard = {"pictures": per_shard * (1 + views.view.random_flip), "prompts": per_shard}
         self.jobs = [*self._jobs("pictures", len(views)), *self._jobs("prompts", len(self.captions))]
@@ -227,25 +240,26 @@ class _Writer:
             if (header := _read_header(self.out / job.name)) is None:
                 raise OSError(f"{self.out / job.name} is gone or cut: run memfilter cache again")
             bad |= {int(number): reason for number, reason in header["bad"].items()}
-        total, views = len(self.views), 1 + self.views.view.random_flip
-        if len(bad) > self.max_bad_share * total:
+        places = {caption: divmod(number, self.per_shard["prompts"]) for number, caption in enumerate(self.captions)}
+        experiment, views, rows = self.views.experiment, 1 + self.views.view.random_flip, []
+        for row, key in enumerate(experiment.keys):
+            for flip in range(views):
+                number = views * self.views.pictures[experiment.picture(row)] + flip
+                place = (None, None) if number in bad else divmod(number, self.per_shard["pictures"])
+                prompt = places.get(self.caption_of[key], (None, None))
+                rows.append((key, flip == 1, *place, self.caption_of[key], *prompt, bad.get(number)))
+        lost = sum(reason is not None for *_, reason in rows) // views
+        if lost > self.max_bad_share * len(experiment.keys):
             listed = list(dict.fromkeys(bad.values()))
             more = [f"and {len(listed) - 10} more"] if len(listed) > 10 else []
-            what = (f"{len(bad) // views} samples could not be read, more than data.max_bad_share allows: raise it, or "
+            what = (f"{lost} samples could not be read, more than data.max_bad_share allows: raise it, or "
                     f"mend or remove them and remove {self.out}")  # fmt: skip
             raise ShardError("\n".join([what, *listed[:10], *more]))
-        places = {caption: divmod(number, self.per_shard["prompts"]) for number, caption in enumerate(self.captions)}
-        rows = []
-        for number in range(total):
-            key = self.views.experiment.keys[number // views]
-            place = (None, None) if number in bad else divmod(number, self.per_shard["pictures"])
-            prompt = places.get(self.caption_of[key], (None, None))
-            rows.append((key, number % views == 1, *place, self.caption_of[key], *prompt, bad.get(number)))
         columns = dict(zip(SCHEMA.names, map(list, zip(*rows, strict=True)), strict=True))
         with atomic(self.out / INDEX) as partial:
             pq.write_table(pa.table(columns, SCHEMA), partial)
         files = {name: (self.out / name).stat().st_size for name in (*(job.name for job in self.jobs), INDEX)}
-        counts = {"samples": total // views, "bad": len(bad) // views, "captions": len(self.captions)}
+        counts = {"samples": len(experiment.keys), "bad": lost, "captions": len(self.captions)}
         with atomic(self.out / COMPLETE) as partial:
             partial.write_text(json.dumps(self.header | {"counts": counts, "files": files}, indent=1), encoding="utf-8")
 

@@ -20,7 +20,8 @@ class Plan:
         repeats: how often each of them is shown; by default 200, for ``weighted`` 5 (Somepalli et al., DCR).
         distinct: pictures that are shown once.
         keys: file of keys, one a line: only these may become duplicates. Without such a file any candidate may.
-        captions: the same by captions, one a line; of several pictures with a caption one is taken.
+        captions: the same by captions, one a line, whatever their case and white space; of several pictures with a caption
+            one is taken.
         prompts: the same by a list of memorized prompts, .jsonl: objects with caption and perhaps url.
         variant: DCR's: a duplicate keeps its caption (same_caption); every copy gets another one (other_captions); or a
             twentieth of all is shown 5 times (weighted).
@@ -92,7 +93,7 @@ class Plan:
         return None if self.keys is None else [{"key": line} for line in lines(self.keys)]
 
 
-def lines(path: str) -> list[str]:
+def lines(path: str | Path) -> list[str]:
     """The lines of a file that are not blank, without what surrounds them, each once.
 
     Raises:

@@ -168,7 +168,7 @@ class SampleDataset(Dataset):
             "shared_key": self.shared_key(row),
             "duplicate": None if self.experiment.duplicate is None else bool(self.experiment.duplicate[row]),
             "repeats": bool(self.experiment.repeats[row] > 1) or self.budget > len(self.stream.rows),
-            "view": (key, place, flip),
+            "view": (self.experiment.picture(row), place, flip),
         }
         try:
             return sample | {"caption": self.shards.caption(key), "bad": None} | self._picture(sample["view"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import pyarrow as pa
@@ -21,7 +22,7 @@ class SavedDataset:
             TEXT or prompt; without one they are empty).
 
     Raises:
-        ShardError: it cannot be read, or has no column of pictures, or several.
+        ShardError: it cannot be read, has no column of pictures, or several, or one of captions that are no texts.
     """
 
     def __init__(self, path: str | os.PathLike):
@@ -45,6 +46,7 @@ class SavedDataset:
                              f"among {printable(', '.join(rows.column_names))}")  # fmt: skip
         self._picture = pictures[0]
         self._caption = next((name for name in CAPTIONS if name in rows.column_names), None)
+        require_texts(path, rows.features, [self._caption] if self._caption else [])
         columns = [self._picture, *([self._caption] if self._caption else [])]
         # as Arrow has them, of which nothing is copied: datasets would decode whatever PIL knows, of any size
         self._rows = rows.cast_column(self._picture, ImageFeature(decode=False)).with_format("arrow", columns)
@@ -79,7 +81,7 @@ class SavedDataset:
         if self._caption is None:
             return ""
         caption = self._cell(key, self._caption).as_py() or ""
-        return str(caption).encode("utf-8", "replace")[:MAX_CAPTION].decode("utf-8", "ignore").strip()
+        return caption.encode("utf-8", "replace")[:MAX_CAPTION].decode("utf-8", "ignore").strip()
 
     def _cell(self, key: str, column: str) -> pa.Scalar:
         row = self._rows[int(key)]
@@ -91,6 +93,18 @@ class SavedDataset:
 
     def _name(self, key: str) -> str:
         return f"row {int(key)} of {self._path}"
+
+
+def require_texts(path: object, features: Mapping, columns: Iterable[str]) -> None:
+    """Raises ShardError if a column of captions has anything else, such as a list of them for each picture.
+
+    Args:
+        features: datasets' types of the columns.
+    """
+    for name in columns:
+        kind = getattr(features[name], "dtype", "")
+        if kind not in ("string", "large_string", "null"):
+            raise ShardError(f"{path} has no texts in the column {name} but {features[name]}: write one caption a row")
 
 
 def is_saved_dataset(path: Path) -> bool:

@@ -10,8 +10,10 @@ import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO
 
-from PIL import Image, ImageOps, UnidentifiedImageError
+import numpy as np
+from PIL import ExifTags, Image, UnidentifiedImageError
 
 IMAGE_SUFFIXES = ("png", "jpg", "jpeg", "webp")
 MAX_PIXELS = 64_000_000  # of a picture: what claims more is refused before it is decoded
@@ -21,6 +23,10 @@ MAX_CAPTION = 16_384  # bytes: what follows is not read; text encoders take some
 MAX_FACTS = 1 << 20  # bytes of metadata: more are refused
 MAX_HEADER = 1 << 16  # bytes of what a tar file says of a member, most of all its name
 NO_FILE = "it is no file but a link, a pipe or a device"
+TURNS = {  # EXIF's orientation -> what makes the picture upright
+    2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE, 8: Image.Transpose.ROTATE_90,
+}  # fmt: skip
 _WITHOUT_BYTES = (tarfile.LNKTYPE, tarfile.SYMTYPE, tarfile.CHRTYPE, tarfile.BLKTYPE, tarfile.FIFOTYPE, tarfile.DIRTYPE)
 _PAX = (tarfile.XHDTYPE, tarfile.SOLARIS_XHDTYPE)
 _EXTENDED = (tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK, tarfile.XGLTYPE, *_PAX)
@@ -107,7 +113,7 @@ class Shards:
         """
         if "txt" not in self.members[key]:
             return ""
-        return self._bytes(key, "txt", MAX_CAPTION, cut=True).decode("utf-8", "replace").strip()
+        return as_caption(self._bytes(key, "txt", MAX_CAPTION, cut=True))
 
     def facts(self, key: str) -> dict:
         """The metadata of a sample; empty where it has none.
@@ -152,6 +158,11 @@ def as_key(name: str) -> str:
     return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
 
 
+def as_caption(text: bytes) -> str:
+    """What a file of text says, of `MAX_CAPTION` bytes at most."""
+    return text[:MAX_CAPTION].decode("utf-8-sig", "replace").strip()
+
+
 def read_bytes(path: Path, offset: int, size: int) -> bytes:
     """A part of a file; less than ``size`` where it ends before. Nothing waits: a pipe is an OSError."""
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
@@ -162,7 +173,8 @@ def read_bytes(path: Path, offset: int, size: int) -> bytes:
 
 
 def decode(data: bytes, name: str) -> Image.Image:
-    """The picture of a PNG, JPEG or WebP file, RGB, the way it is to be looked at.
+    """The picture of a PNG, JPEG or WebP file, RGB, the way it is to be looked at: upright, what is transparent on white (as
+    img2dataset has it).
 
     Args:
         name: of the picture, for errors.
@@ -179,13 +191,31 @@ def decode(data: bytes, name: str) -> Image.Image:
         scans = data.count(b"\xff\xda") if data.startswith(b"\xff\xd8") else 1  # of a JPEG; most have 1 to 10
         if scans * picture.width * picture.height > MAX_SCANNED:
             raise Image.DecompressionBombError(f"{scans:,} scans of {picture.width} x {picture.height} pixels")
-        ImageOps.exif_transpose(picture, in_place=True)
-        return picture if picture.mode == "RGB" else picture.convert("RGB")
+        picture.load()
+        return _rgb(_upright(picture))
     # decoders raise much more than they say on broken files
     except Exception as error:  # noqa: BLE001
         reason = "this is no picture of a known kind" if isinstance(error, UnidentifiedImageError) else error
         kind = TooLarge if isinstance(error, Image.DecompressionBombError) else ShardError
         raise kind(f"{name}: {reason}") from error
+
+
+def _upright(picture: Image.Image) -> Image.Image:
+    """As EXIF has it. Pillow's exif_transpose writes all of EXIF anew, and fails on pictures that have an odd entry in it."""
+    try:
+        orientation = picture.getexif().get(ExifTags.Base.Orientation)
+    except Exception:  # noqa: BLE001  whatever is wrong with it, the picture may be whole
+        return picture
+    return picture.transpose(TURNS[orientation]) if orientation in TURNS else picture
+
+
+def _rgb(picture: Image.Image) -> Image.Image:
+    if picture.mode.startswith("I"):  # 16 bits of grey, which Pillow would cut to the darkest 256 of them
+        picture = Image.fromarray((np.asarray(picture) >> 8).astype(np.uint8))
+    if picture.has_transparency_data:
+        picture = picture.convert("RGBA")
+        picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
+    return picture if picture.mode == "RGB" else picture.convert("RGB")
 
 
 def _scan(path: Path) -> Iterator[tuple[str, str, Member]]:
@@ -221,8 +251,17 @@ def _scan(path: Path) -> Iterator[tuple[str, str, Member]]:
                         yield as_key(key), suffix.lower(), Member(path, offset, size, problem)
                     said = {}
                 file.seek(-(-(offset + size) // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE)
+            require_end(file)
     except (OSError, ValueError, tarfile.TarError) as error:
         raise ShardError(f"shard {printable(path)} cannot be read ({error}): fetch or write it again") from error
+
+
+def require_end(file: IO[bytes]) -> None:
+    """Raises tarfile.ReadError where something follows the end of an archive: a broken header looks like one, and so does the
+    end of the first of two that were joined."""
+    while chunk := file.read(2**20):
+        if chunk.strip(b"\0"):
+            raise tarfile.ReadError("a broken header, or several archives in one file")
 
 
 def _said(kind: bytes, content: bytes) -> dict[str, str]:

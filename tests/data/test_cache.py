@@ -14,6 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 import tiny
 import torch
+from clouds import write_clouds
 from diffusers import DiffusionPipeline
 from PIL import Image
 from safetensors.torch import load_file, save_file
@@ -30,11 +31,13 @@ from memfilter.config import (
     TrainConfig,
 )
 from memfilter.data import cache as module
+from memfilter.data.builder import prepare_experiment
 from memfilter.data import make_cache as making
 from memfilter.data.cache import Cache
 from memfilter.data.encode import Encoder
 from memfilter.data.experiment import Experiment, prepare_scenes
-from memfilter.data.manifest import SCHEMA, write_manifest
+from memfilter.data.manifest import MANIFEST, SCHEMA, write_manifest
+from memfilter.data.plan import Plan
 from memfilter.data.sampler import View, posterior_noise, to_pixels
 from memfilter.data.shards import ShardError, Shards
 from memfilter.pipelines import load_pipeline
@@ -312,6 +315,22 @@ def test_files_do_not_depend_on_threads_workers_or_place(config, folder, tmp_pat
         assert torch.get_num_threads() == 2
     finally:
         torch.set_num_threads(threads)
+
+
+def test_picture_of_several_samples_is_encoded_once(config, bases, tmp_path):
+    data = write_clouds(tmp_path / "data", range(9))
+    plan = Plan(duplicates=2, repeats=3, distinct=5, variant="other_captions")
+    prepare_experiment(data, tmp_path / "out", plan, processes=1)
+    index = str(tmp_path / "out" / MANIFEST)
+    plain, cached = (config(run=run, cache=cache, path=data, index=index, random_flip=True, resolution=16)
+                     for run, cache in (("plain", None), ("cached", tmp_path / "cache")))  # fmt: skip
+    made(cached, samples_per_shard=4)
+    stored = [load_file(path)["posterior"] for path in sorted((tmp_path / "cache").glob("pictures-*.safetensors"))]
+    assert [len(part) for part in stored] == [8, 6]  # of 2 and 5 pictures, plain and mirrored; of 6 and 5 samples
+    assert json.loads((tmp_path / "cache" / "cache.json").read_text())["counts"]["samples"] == 11
+    for expected, found in zip(encodings(Trainer(plain)), encodings(Trainer(cached)), strict=True):
+        for a, b in zip(expected, found, strict=True):
+            torch.testing.assert_close(b, a, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize(("processes", "rank"), [(2, 1), (3, 2), (5, 4), (40, 39)])

@@ -126,11 +126,21 @@ def test_index_is_read_as_written_and_repeats_count_as_virtual_samples(tmp_path)
     "columns, message",
     [({"role": None}, "lacks the columns role"), ({"role": None, "repeats": None}, "lacks the columns repeats, role"),
      ({"role": ["duplicate", "twin", "distinct"]}, "twin.*expected distinct or duplicate"),
-     ({"repeats": [1, 0, 2]}, "repeats 0 times"), ({"repeats": [1, -4, 2]}, "repeats -4 times")],
+     ({"repeats": [1, 0, 2]}, "repeats 0 times"), ({"repeats": [1, -4, 2]}, "repeats -4 times"),
+     ({"repeats": [1, None, 2]}, "lacks some"), ({"repeats": [1, 1.5, 2]}, "no whole numbers"),
+     ({"repeats": [1, float("inf"), 2]}, "no whole numbers"), ({"repeats": ["1", "1", "2"]}, "no whole numbers"),
+     ({"key": ["a", None, "c"]}, "key None: expected text"), ({"key": [1, 2, 3]}, "key 1: expected text")],
 )  # fmt: skip
 def test_index_that_makes_no_sense_is_refused_by_name(tmp_path, columns, message):
     with pytest.raises(ValueError, match=f"i.parquet.*{message}"):
         Experiment.read(write_index(tmp_path / "i.parquet", **columns))
+
+
+def test_whole_numbers_may_be_floats_and_a_sample_without_a_group_is_alone_in_one(tmp_path):
+    index = Experiment.read(write_index(tmp_path / "i.parquet", repeats=[3.0, 1.0, 2.0], group=["b", None, "b"]))
+    assert index.virtual().tolist() == [0, 0, 0, 1, 2, 2]
+    assert index.groups[0] == index.groups[2] != index.groups[1] is not None
+    assert Experiment.read(write_index(tmp_path / "j.parquet", group=[None, None, None])).deduplicated().keys == ["a", "b", "c"]
 
 
 def test_shards_without_index_count_every_sample_once(prepared):

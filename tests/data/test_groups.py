@@ -9,9 +9,13 @@ import pytest
 from clouds import cloud, sample, write_clouds, write_tar
 from PIL import Image
 
+from memfilter.data import groups
+from memfilter.data.builder import prepare_experiment
 from memfilter.data.duplicates import near_pairs
 from memfilter.data.experiment import INDEX, Experiment, prepare_scenes
 from memfilter.data.groups import prepare_groups
+from memfilter.data.manifest import MANIFEST
+from memfilter.data.plan import Plan
 from memfilter.data.shards import ShardError, Shards
 
 COPIES = 4
@@ -166,6 +170,37 @@ def test_sample_that_cannot_be_read_or_is_not_there_has_a_group_of_its_own(tmp_p
     pq.write_table(pa.table(columns), tmp_path / "data" / INDEX)
     assert prepare_groups(tmp_path / "data", processes=1) == 1
     assert Experiment.read(tmp_path / "data" / INDEX).groups == ["broken2", "a", "a", "missing", "broken1", "c"]
+
+
+def test_pictures_without_captions_are_samples_like_others(tmp_path):
+    for name, number in (("a", 1), ("b", 1), ("c", 2)):
+        (tmp_path / "data").mkdir(exist_ok=True)
+        cloud(number).save(tmp_path / "data" / f"{name}.png")
+    (tmp_path / "data" / "c.txt").write_text("said")
+    assert prepare_groups(tmp_path / "data", processes=1) == 1
+    found = Experiment.read(tmp_path / "data" / INDEX)
+    assert found.keys == ["a", "b", "c"] and found.groups == ["a", "a", "c"]
+
+
+def test_picture_that_a_manifest_has_under_several_keys_is_one_group(tmp_path):
+    data = write_clouds(tmp_path / "data", range(20))
+    write_tar(data / "copy.tar", sample("copy", 19, form="jpeg"))
+    plan = Plan(duplicates=3, repeats=4, distinct=12, variant="other_captions")
+    prepare_experiment(data, tmp_path / "out", plan, processes=1)
+    manifest = tmp_path / "out" / MANIFEST
+    assert prepare_groups(data, manifest, processes=1) == 3
+    found = Experiment.read(manifest)
+    assert {key: group for key, group in zip(found.keys, found.groups, strict=True) if "#" in key} == {
+        key: key.partition("#")[0] for key in found.keys if "#" in key}  # fmt: skip
+    assert len(found.deduplicated().keys) == 15
+
+
+def test_many_equal_pictures_take_no_more_than_their_number(tmp_path, monkeypatch):
+    data = write_clouds(tmp_path / "data", [1, 2])
+    write_tar(data / "blank.tar", [m for n in range(200) for m in sample(f"blank{n:03}", Image.new("RGB", (8, 8)))])
+    sizes = []
+    monkeypatch.setattr(groups, "near_pairs", lambda hashes, bits: sizes.append(len(hashes)) or near_pairs(hashes, bits))
+    assert prepare_groups(data, processes=1) == 1 and sizes == [3]
 
 
 @pytest.mark.parametrize("max_bits", [-1, 32])

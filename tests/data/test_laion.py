@@ -281,9 +281,13 @@ def test_lists_of_captions_come_in_several_forms(tmp_path):
         "d.jsonl": '"one"\n\n{"caption": "two", "text": "no"}\n',
     }  # fmt: skip
     for name, text in forms.items():
-        (tmp_path / name).write_text(text)
-        assert read_captions(tmp_path / name) == ["one", "two"]
-    bad = {"e.jsonl": '{"caption": "a"}\n{"capt": "b"}', "f.json": "{", "g.txt": "\n", "h.json": "[1]", "i.jsonl": "{]"}
+        for mark in ("utf-8", "utf-8-sig"):
+            (tmp_path / name).write_text(text, encoding=mark)
+            assert read_captions(tmp_path / name) == ["one", "two"]
+    (tmp_path / "one.jsonl").write_text('"a\u2028b"\n"c\x85d"', encoding="utf-8")  # of which neither ends a line
+    assert read_captions(tmp_path / "one.jsonl") == ["a\u2028b", "c\x85d"]
+    bad = {"e.jsonl": '{"caption": "a"}\n{"capt": "b"}', "f.json": "{", "g.txt": "\n", "h.json": "[1]", "i.jsonl": "{]",
+           "j.json": '{"captions": ["a"]}'}  # fmt: skip
     for name, text in bad.items():
         (tmp_path / name).write_text(text)
         with pytest.raises(ValueError, match="^captions: .*" + name):
@@ -397,8 +401,12 @@ def test_places_that_are_something_else_are_refused(selection, tmp_path, monkeyp
     monkeypatch.delenv("MEMFILTER_IMG2DATASET", raising=False)
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(downloading, "ROOT", root := tmp_path / "the project")
     with pytest.raises(FileNotFoundError, match=r"bash launch/img2dataset\.sh"):
         download(selection, tmp_path / "out")
+    (command := root / downloading.ENVIRONMENT).parent.mkdir(parents=True)
+    command.touch(0o755)
+    assert downloading.find_command(None) == [str(command)]  # from whatever directory
 
 
 def test_shard_that_is_not_whole_is_made_anew(tmp_path):
@@ -406,8 +414,11 @@ def test_shard_that_is_not_whole_is_made_anew(tmp_path):
         (tmp_path / name).touch()
     (tmp_path / "00000_stats.json").write_text('{"count": 2}')
     (tmp_path / "00001_stats.json").write_text('{"count": ')
+    users = {"index.parquet", "manifest.parquet", "mine.tar"}
+    for name in users:
+        (tmp_path / name).touch()
     downloading.drop_unfinished(tmp_path)
-    assert {path.name for path in tmp_path.iterdir()} == {"00000.tar", "00000.parquet", "00000_stats.json"}
+    assert {path.name for path in tmp_path.iterdir()} == {"00000.tar", "00000.parquet", "00000_stats.json"} | users
 
 
 def test_losses_are_counted_by_what_they_have_in_common(tmp_path):

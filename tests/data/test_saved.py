@@ -4,12 +4,13 @@ import io
 
 import numpy as np
 import pytest
-from datasets import Dataset, DatasetDict, Features, Image, Value
+from datasets import Dataset, DatasetDict, Features, Image, List, Value
 from PIL import Image as Pictures
 
 from memfilter.data.experiment import Experiment
 from memfilter.data.saved import SavedDataset, is_saved_dataset
 from memfilter.data.shards import MAX_CAPTION, ShardError
+from memfilter.data.streaming.rows import RowStream
 
 COLOURS = [(200, 10, 10), (10, 200, 10), (10, 10, 200)]
 CAPTIONS = ["red", "  green\n", None]
@@ -68,6 +69,16 @@ def test_dataset_that_points_to_files_elsewhere_does_not_have_them_read(tmp_path
     except ShardError:
         return
     assert picture.size == (4, 4)  # saved by the library with its bytes
+
+
+def test_column_of_several_captions_a_picture_is_refused_by_name(tmp_path):
+    features = Features({"image": Image(), "caption": List(Value("string"))})
+    rows = Dataset.from_dict({"image": [png(COLOURS[0])], "caption": [["a man", "two men"]]}, features=features)
+    rows.save_to_disk(tmp_path / "d")
+    with pytest.raises(ShardError, match="no texts in the column caption but List"):
+        SavedDataset(tmp_path / "d")
+    with pytest.raises(ShardError, match="no texts in the column caption but List"):
+        RowStream(str(tmp_path / "d"), 10)
 
 
 def test_splits_and_missing_columns_are_told(tmp_path):

@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 import webdataset
 from clouds import write_tar
-from PIL import Image
+from PIL import Image, ImageOps
 
-from memfilter.data.shards import MAX_CAPTION, MAX_PIXELS, ShardError, Shards, write_shards
+from memfilter.data.shards import MAX_CAPTION, MAX_PIXELS, ShardError, Shards, decode, write_shards
 
 
 def picture(seed: int) -> Image.Image:
@@ -66,12 +66,57 @@ def test_every_form_of_picture_is_decoded(tmp_path, form, suffix):
     np.testing.assert_array_equal(np.asarray(shards.image("x")), expected)
 
 
-@pytest.mark.parametrize("mode", ["L", "P", "RGBA", "1", "I;16"])
-def test_picture_of_another_mode_comes_out_as_rgb(tmp_path, mode):
+def decoded(picture: Image.Image, **options) -> np.ndarray:
+    """As `decode` gives it; must be RGB."""
     buffer = io.BytesIO()
-    (Image.new(mode, (4, 4)) if mode == "I;16" else picture(0).convert(mode)).save(buffer, "png")
-    shards = Shards.open(write_tar(tmp_path / "a.tar", [("x.png", buffer.getvalue())]))
-    assert shards.image("x").mode == "RGB"
+    picture.save(buffer, "png", **options)
+    found = decode(buffer.getvalue(), "x")
+    assert found.mode == "RGB"
+    return np.asarray(found)
+
+
+@pytest.mark.parametrize("mode", ["L", "P", "1"])
+def test_picture_of_another_mode_comes_out_as_rgb(mode):
+    converted = picture(0).convert(mode)
+    np.testing.assert_array_equal(decoded(converted), np.asarray(converted.convert("RGB")))
+
+
+def test_grey_of_16_bits_keeps_its_range():
+    grey = np.arange(0, 65536, 256, dtype=np.uint16).reshape(16, 16)
+    np.testing.assert_array_equal(decoded(Image.fromarray(grey)), np.repeat(np.arange(256).reshape(16, 16, 1), 3, axis=2))
+
+
+def test_what_is_transparent_is_seen_on_white():
+    shape = np.zeros((1, 3, 4), np.uint8)  # black, of which nothing, a part and everything covers what is behind
+    shape[0, :, 3] = 0, 51, 255
+    assert decoded(Image.fromarray(shape))[0, :, 0].tolist() == [255, 204, 0]
+    palette = Image.new("P", (2, 1))
+    palette.putpalette([9, 9, 9, 200, 0, 0])
+    palette.putdata([0, 1])
+    assert decoded(palette, transparency=0)[0].tolist() == [[255, 255, 255], [200, 0, 0]]
+
+
+@pytest.mark.parametrize("orientation", range(10))
+def test_picture_is_turned_as_its_exif_has_it(orientation):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    upright = Image.open(io.BytesIO(encoded(0, exif=exif.tobytes())))
+    expected = np.asarray(ImageOps.exif_transpose(upright))
+    np.testing.assert_array_equal(np.asarray(decode(encoded(0, exif=exif.tobytes()), "x")), expected)
+
+
+def test_picture_is_turned_whatever_else_is_odd_in_its_exif():
+    entries = [(0x0112, 3, 1, struct.pack("<HH", 6, 0)), (0x011A, 2, 4, b"abc\0")]  # orientation; a resolution in letters
+    odd = b"Exif\0\0II*\0\x08\0\0\0" + struct.pack("<H", 2)
+    odd += b"".join(struct.pack("<HHI", tag, kind, count) + value for tag, kind, count, value in entries) + bytes(4)
+    with pytest.raises(TypeError):
+        ImageOps.exif_transpose(Image.open(io.BytesIO(encoded(0, "jpeg", exif=odd))))
+    assert decode(encoded(0, "jpeg", exif=odd), "x").size == picture(0).size[::-1]
+
+
+def test_mark_of_a_texts_byte_order_is_not_part_of_the_caption(tmp_path):
+    shards = Shards.open(write_tar(tmp_path / "a.tar", [("x.png", encoded(0)), ("x.txt", b"\xef\xbb\xbfa cat")]))
+    assert shards.caption("x") == "a cat"
 
 
 def test_sample_without_caption_or_facts_has_empty_ones(tmp_path):
@@ -110,6 +155,21 @@ def test_shard_with_a_broken_header_in_the_middle_is_an_error_that_names_it(dire
     content[offset : offset + 512] = b"\xff" * 512
     tar.write_bytes(content)
     with pytest.raises(ShardError, match="00001.tar"):
+        Shards.open(directory)
+
+
+@pytest.mark.parametrize("how", ["zeroed header", "joined"])
+def test_what_follows_the_end_of_a_shard_is_an_error_that_names_it(directory, how):
+    tar = directory / "00001.tar"
+    with tarfile.open(tar) as whole:
+        offset = whole.getmembers()[4].offset
+    content = bytearray(tar.read_bytes())
+    if how == "joined":
+        content += (directory / "00000.tar").read_bytes()
+    else:
+        content[offset : offset + 512] = bytes(512)
+    tar.write_bytes(content)
+    with pytest.raises(ShardError, match="00001.tar.*broken header, or several archives"):
         Shards.open(directory)
 
 

@@ -228,17 +228,18 @@ def test_unreadable_samples_are_named_and_captions_cut(stream, tmp_path):
         "list.png": png(6), "list.json": b"[1]",
         "none.png": png(7), "none.json": b'{"text": null}',
         "bad.png": png(8), "bad.json": b"{",
+        "several.png": png(10), "several.json": b'{"caption": ["a", "b"]}',
         "d/deep.png": png(9),
         "odd\n.PNG": png(9),
         "alone.txt": b"no picture", "film.mp4": bytes(10), "._long.png": b"of macOS",
     }  # fmt: skip
     write_tar(tmp_path / "0.tar", files)
-    ranks = stream(tmp_path, samples=10, size=2, view=View(8))
+    ranks = stream(tmp_path, samples=11, size=1, view=View(8))
     captions = dict(zip(flat(ranks, "key"), flat(ranks, "caption"), strict=True))
     assert captions == {"cut": "", "long": "a" * MAX_CAPTION, "bare": "", "json": "said", "both": "text", "list": "",
-                        "none": "", "bad": "", "d/deep": "", "odd\n": ""}  # fmt: skip
+                        "none": "", "bad": "", "several": "", "d/deep": "", "odd\n": ""}  # fmt: skip
     reasons = {key: reason for key, reason in zip(flat(ranks, "key"), flat(ranks, "bad"), strict=True) if reason}
-    assert reasons.keys() == {"cut", "bad"}
+    assert reasons.keys() == {"cut", "bad", "several"} and "no text" in reasons["several"]
     assert all(f"sample {key!r} in {tmp_path / '0.tar'}" in reason for key, reason in reasons.items())
     for batch in ranks[0]:
         for row, key in enumerate(batch["key"]):

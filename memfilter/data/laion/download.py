@@ -21,6 +21,7 @@ from types import MappingProxyType
 import pyarrow.parquet as pq
 from tqdm import tqdm
 
+import memfilter
 from memfilter.data.laion import guard
 from memfilter.data.laion.select import HEADER
 from memfilter.data.laion.settings import Download
@@ -29,7 +30,8 @@ from memfilter.files import atomic
 
 STATE = "_download"  # a folder: img2dataset takes every .json beside the shards for its own
 LOCK, LOG, SETTINGS, REPORT = "lock", "log.txt", "settings.json", "report.json"
-ENVIRONMENT = Path(".venv-img2dataset/bin/img2dataset")  # launch/img2dataset.sh makes it
+ROOT = Path(memfilter.__file__).parents[1]  # of the project, where it is used from its own directory
+ENVIRONMENT = Path(".venv-img2dataset/bin/img2dataset")  # launch/img2dataset.sh makes it there
 # columns that img2dataset writes itself, and refuses
 RESERVED = frozenset(
     "key caption url width height original_width original_height status error_message exif md5 sha256 sha512".split()
@@ -46,6 +48,7 @@ FAMILIES = (  # what servers say in many ways
     (re.compile(r"<urlopen error (?:\[Errno -?\d+\] )?(.*)>"), r"\1"),
 )
 KINDS = 20  # of losses that are named
+MADE = re.compile(r"(\d+)(\.tar|\.parquet|_stats\.json)")  # what img2dataset writes of a shard
 POLL = 1.0  # seconds
 
 
@@ -115,7 +118,7 @@ def find_command(given: str | None) -> list[str]:
     Raises:
         FileNotFoundError: there is none.
     """
-    here = str(ENVIRONMENT) if ENVIRONMENT.is_file() else None
+    here = next((shlex.quote(str(place)) for place in (ENVIRONMENT, ROOT / ENVIRONMENT) if place.is_file()), None)
     found = given or os.environ.get("MEMFILTER_IMG2DATASET") or here or shutil.which("img2dataset")
     if found is None:
         raise FileNotFoundError("img2dataset is not installed: bash launch/img2dataset.sh makes an environment for it; "
@@ -138,10 +141,10 @@ def done_shards(out: Path, known: Mapping[str, dict] = MappingProxyType({})) -> 
 
 
 def drop_unfinished(out: Path) -> None:
-    """Removes what an interruption left of shards that are not whole."""
+    """Removes what an interruption left of shards that are not whole; an index that stands beside them is the user's."""
     done = done_shards(out)
-    for path in (*out.glob("*.tar"), *out.glob("*.parquet"), *out.glob("*_stats.json")):
-        if path.name.partition(".")[0].partition("_")[0] not in done:
+    for path in [*out.iterdir()]:
+        if (made := MADE.fullmatch(path.name)) and made[1] not in done:
             path.unlink()
 
 

@@ -1,8 +1,8 @@
 """Chooses from LAION-style metadata what img2dataset is to download: by conditions, by caption, by a seeded draw.
 
 DuckDB reads the Parquet files and never holds them: first address, caption and what the conditions name, of which two
-numbers for each address stay; then, in parts that are sorted one by one, the rows that were chosen. What does not fit into memory goes to a folder beside
-the output.
+numbers for each address stay; then, in parts that are sorted one by one, the rows that were chosen. What does not fit into
+memory goes to a folder beside the output.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ import pyarrow.parquet as pq
 
 import memfilter
 from memfilter.data.laion.settings import Selection
+from memfilter.data.plan import lines
 
 HEADER = "selection.json"
 ROWS_PER_FILE = 1_000_000  # img2dataset holds a whole file
@@ -81,10 +82,10 @@ def select(metadata: str, out: Path, selection: Selection = Selection()) -> dict
             query = f"SELECT {columns.output(prompts)} FROM metadata JOIN chosen ON metadata.{ROW} = chosen.row"
             if prompts:
                 database.register("listed", pa.table({"prompt": prompts}))
-                database.execute("CREATE TEMP TABLE prompts AS SELECT lower(trim(prompt)) AS folded, min(prompt) AS prompt "
+                database.execute(f"CREATE TEMP TABLE prompts AS SELECT {_folded('prompt')} AS folded, min(prompt) AS prompt "
                                  "FROM listed GROUP BY folded")  # fmt: skip
-                condition += " AND lower(trim(caption)) IN (SELECT folded FROM prompts)"
-                query += " JOIN prompts ON lower(trim(metadata.caption)) = prompts.folded"
+                condition += f" AND {_folded('caption')} IN (SELECT folded FROM prompts)"
+                query += f" JOIN prompts ON {_folded('metadata.caption')} = prompts.folded"
             counts = _choose(database, condition, selection)
             written = _write(database, query, partial)
             if prompts:
@@ -110,6 +111,11 @@ def select(metadata: str, out: Path, selection: Selection = Selection()) -> dict
     return header
 
 
+def _folded(column: str) -> str:
+    """SQL for a caption without the differences in case and white space that lists have, as `prepare experiment` compares."""
+    return f"lower(trim(regexp_replace({column}, '[\\s\\p{{Z}}]+', ' ', 'g')))"
+
+
 def list_files(metadata: str) -> list[str]:
     """Absolute paths of the Parquet files that are meant, in order.
 
@@ -131,19 +137,20 @@ def read_captions(path: Path) -> list[str]:
     a ``caption``, ``prompt`` or ``text``, as the published lists of memorized prompts do.
 
     Raises:
-        ValueError: an entry is nothing of that, or there is none.
+        ValueError: it cannot be read, an entry is nothing of that, or there is none.
     """
-    text = path.read_text(encoding="utf-8")
     try:
         match path.suffix:
             case ".json":
-                entries = json.loads(text)
+                entries = json.loads(path.read_text(encoding="utf-8-sig"))
             case ".jsonl":
-                entries = [json.loads(line) for line in text.splitlines() if line.strip()]
+                entries = [json.loads(line) for line in lines(path)]
             case _:
-                entries = text.splitlines()
-    except ValueError as error:
-        raise ValueError(f"captions: {path} cannot be read ({error})") from error
+                entries = lines(path)
+    except (OSError, ValueError, RecursionError) as error:
+        raise ValueError(f"captions: {path} cannot be read ({getattr(error, 'strerror', None) or error})") from error
+    if not isinstance(entries, list):
+        raise ValueError(f"captions: {path} is no list")
     captions = []
     for number, entry in enumerate(entries, 1):
         known = {name.lower(): value for name, value in entry.items()} if isinstance(entry, dict) else {"text": entry}

@@ -8,7 +8,7 @@ from hashlib import blake2b
 from inspect import signature
 from pathlib import Path
 
-from memfilter.data.saved import CAPTIONS, is_saved_dataset
+from memfilter.data.saved import CAPTIONS, is_saved_dataset, require_texts
 from memfilter.data.shards import ShardError, as_key
 from memfilter.data.streaming.tars import Found, Stream, caption_in, require_parts
 
@@ -37,7 +37,9 @@ class RowStream(Stream):
         if len(pictures) != 1:
             raise ShardError(f"{path} needs one column of pictures, found {len(pictures)} among {', '.join(features)}")
         self._picture = pictures[0]
-        columns = [name for name in (self._picture, "__key__", *CAPTIONS, "txt") if name in features]
+        texts = [name for name in (*CAPTIONS, "txt") if name in features]
+        require_texts(path, features, texts)
+        columns = [self._picture, *(["__key__"] if "__key__" in features else []), *texts]
         # datasets would decode whatever PIL knows, of any size
         self._rows = rows.select_columns(columns).cast_column(self._picture, Image(decode=False))
         # newer ones read several at once, in threads, and sleep for some seconds when these end

@@ -15,7 +15,7 @@ from urllib.request import urlopen
 
 from memfilter.config import ConfigError
 from memfilter.data.saved import CAPTIONS
-from memfilter.data.shards import IMAGE_SUFFIXES, MAX_CAPTION, ShardError, as_key
+from memfilter.data.shards import IMAGE_SUFFIXES, ShardError, as_caption, as_key, require_end
 
 SECONDS = 60  # that a server may be silent
 
@@ -58,14 +58,15 @@ def require_parts(parts: str, count: int, processes: int, workers: int) -> None:
 
 
 def caption_in(facts, names: Iterable[str] = CAPTIONS) -> str:
-    """Under the first of the names that has one."""
-    if not isinstance(facts, dict):
-        return ""
-    return as_caption(str(next((facts[name] for name in names if facts.get(name)), "")).encode("utf-8", "replace"))
+    """Under the first of the names that has one.
 
-
-def as_caption(text: bytes) -> str:
-    return text[:MAX_CAPTION].decode("utf-8", "replace").strip()
+    Raises:
+        ShardError: it is no text.
+    """
+    caption = next((facts[name] for name in names if facts.get(name)), "") if isinstance(facts, dict) else ""
+    if not isinstance(caption, str):
+        raise ShardError(f"its caption is no text but {caption!r:.60}")
+    return as_caption(caption.encode("utf-8", "replace"))
 
 
 class TarStream(Stream):
@@ -94,10 +95,10 @@ class TarStream(Stream):
             wds.SimpleShardList(self._urls),
             wds.split_by_node,
             wds.split_by_worker,
-            wds.detshuffle(len(self._urls), seed=seed, epoch=number - 1),
+            wds.detshuffle(len(self._urls), len(self._urls), seed=seed, epoch=number - 1),
             lambda shards: self._samples((shard["url"] for shard in shards), broken),
             lambda samples: filter(_picture_in, samples),
-            wds.detshuffle(self._buffer, seed=seed + rank, epoch=number - 1),
+            wds.detshuffle(self._buffer, self._buffer, seed=seed + rank, epoch=number - 1),
         )
         for sample in itertools.chain(samples, [None]):
             for name in sorted(broken.keys() - told):
@@ -136,7 +137,10 @@ class TarStream(Stream):
             with closing(stream):
                 source = [{"url": url, "stream": _Opened(stream)}]
                 yield from tar_file_expander(source, handler=note, select_files=_is_wanted, eof_value=None)
-                _require_end(stream, note)
+                try:
+                    require_end(stream)
+                except Exception as error:  # noqa: BLE001  the system's, HTTP's and TLS's
+                    note(error)
                 yield {}  # what was begun in this shard does not go on in the next
 
 
@@ -152,16 +156,6 @@ class _Opened:
         if not data:
             raise tarfile.ReadError("unexpected end of file")
         return data
-
-
-def _require_end(stream, note: Callable) -> None:
-    """Notes what follows the end of an archive: tarfile takes a broken header for the end, too."""
-    try:
-        while chunk := stream.read(2**20):
-            if chunk.strip(b"\0"):
-                raise tarfile.ReadError("a broken header")
-    except Exception as error:  # noqa: BLE001  the system's, HTTP's and TLS's
-        note(error)
 
 
 def _is_remote(url: str) -> bool:
