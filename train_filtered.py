@@ -1,9 +1,8 @@
 """Fine-tune a text-to-image diffusion model with the memorization filter.
 
-    python train_filtered.py --config configs/quickstart.yaml --filter.tau=4
-
-Exit codes: 0 done; 1 an error, which is printed; 75 interrupted by SIGTERM or SIGUSR1 after a checkpoint was made, go on
-with --checkpoint.resume=true. What starts several processes (torchrun, accelerate launch) makes 1 of a 75.
+Example: `python train_filtered.py --config configs/evidence.yaml`. Exit codes: 0 done; 1 an error, which is printed; 75
+interrupted by SIGTERM or SIGUSR1 after a checkpoint was made, go on with --checkpoint.resume=true. What starts several processes
+(torchrun, accelerate launch) makes 1 of a 75.
 """
 
 import os

@@ -50,8 +50,7 @@ for epoch in range(2):
         out = unet(noisy_latents, timesteps, prompt_embeds)
         loss = mem_filter.loss(out.sample, noise)
         loss.backward()
-        mem_filter.before_step(optimizer)
-        optimizer.step()
+        if mem_filter.before_step(optimizer): optimizer.step()  # noqa: E701
         optimizer.zero_grad()
     print(f"epoch {epoch}: loss {loss.item():.4f}")
 

@@ -26,8 +26,11 @@ def parse(argv: list[str], description: str = "", usage: str | None = None) -> C
     """
     from jsonargparse import ArgumentParser
 
-    parser = ArgumentParser(description=description, usage=usage, default_env=False, exit_on_error=False, allow_abbrev=False)
+    parser = ArgumentParser(
+        description=description, usage=usage, default_env=False, exit_on_error=False, allow_abbrev=False, print_config=None
+    )
     parser.add_argument("--config", action="config", help="YAML file with any of the settings below")
+    parser.add_argument("--print_config", action="store_true", help="print what would be run, as such a file, and exit")
     parser.add_class_arguments(Config, as_group=False)
 
     printing = any(word.startswith("--print_config") for word in argv)
@@ -35,7 +38,8 @@ def parse(argv: list[str], description: str = "", usage: str | None = None) -> C
 
     def build(arguments: list[str]) -> Config:
         parsed = parser.parse_args(arguments)
-        parsed.pop("config", None)
+        for name in ("config", "print_config"):
+            parsed.pop(name, None)
         return Config(**vars(parser.instantiate(parsed)))
 
     try:
@@ -44,6 +48,8 @@ def parse(argv: list[str], description: str = "", usage: str | None = None) -> C
         # the parser stops at the first; what can be read is checked all the same
         good, errors = _sort_out(argv, build)
         config = build(good)
+    if config.run_dir is None:  # which a file may say
+        errors, config.run_dir = [*errors, "run_dir=null: expected text"], Config.run_dir
     config = filled_in(config)
     try:
         check(config)

@@ -21,8 +21,9 @@ def children() -> Iterator[Children]:
     started = Children()
 
     def on_signal(number, frame):
-        started.stop()
-        raise KeyboardInterrupt
+        if not started.is_stopping:  # or this one has come in the midst of it, and would wait for itself
+            started.stop()
+            raise KeyboardInterrupt
 
     heard = [n for n in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP) if signal.getsignal(n) != signal.SIG_IGN]
     before = {number: signal.signal(number, on_signal) for number in heard}
@@ -41,6 +42,7 @@ class Children:
         self._running: set[subprocess.Popen] = set()
         self._told: list[psutil.Process] = []
         self._lock, self._stopped = threading.Lock(), False
+        self.is_stopping = False
 
     def call(self, command: list[str], log: Path) -> int:
         """Exit code; what it prints goes to the end of the log."""
@@ -66,12 +68,14 @@ class Children:
 
     def stop(self) -> None:
         """They are told to end, which makes a checkpoint of a run."""
+        self.is_stopping = True
         with self._lock:
             self._stopped = True
             for child in self._running:
                 with suppress(ProcessLookupError, psutil.NoSuchProcess):  # it has just ended
                     self._told += psutil.Process(child.pid).children(recursive=True)
                     os.killpg(child.pid, signal.SIGTERM)
+        self.is_stopping = False
 
     def wait(self) -> None:
         """Until those that were told to end have: accelerate's launcher ends at once, and the run is making its checkpoint."""

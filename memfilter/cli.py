@@ -244,7 +244,7 @@ def report_pair(off: str, on: str, out: str) -> None:
 
 # packages that only some commands need, and what installs them
 EXTRAS = {
-    **dict.fromkeys(("faiss", "PIL", "pyarrow", "webdataset"), "data"),
+    **dict.fromkeys(("faiss", "jsonargparse", "numpy", "PIL", "pyarrow", "tqdm", "webdataset", "yaml"), "data"),
     **dict.fromkeys(("accelerate", "diffusers", "jinja2", "peft", "psutil", "safetensors", "transformers", "wandb"), "train"),
     **dict.fromkeys(("matplotlib", "pandas", "plotly", "scipy", "sklearn", "torchmetrics"), "eval"),
     "gradio": "app",
@@ -269,6 +269,21 @@ def report_error(error: Exception) -> int:
 
 
 def main(argv: list[str] | None = None) -> int:
+    try:
+        return _main(sys.argv[1:] if argv is None else argv)
+    except (ValueError, OSError) as error:
+        return report_error(error)
+    except ModuleNotFoundError as error:
+        extra = EXTRAS.get((error.name or "").partition(".")[0])
+        if extra is None:
+            raise
+        return report_error(ValueError(f"this needs the package {error.name}: pip install '.[{extra}]'"))
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130  # as shells have it
+
+
+def _main(argv: list[str]) -> int:
     from jsonargparse import ArgumentParser, auto_cli
 
     class Parser(ArgumentParser):
@@ -305,25 +320,13 @@ def main(argv: list[str] | None = None) -> int:
         "generate": inference.generate,
         "app": inference.app,
     }
-    argv = sys.argv[1:] if argv is None else argv
     if argv[:1] == ["report"] and len(argv) == 4 and not any(word.startswith("-") for word in argv):
         commands["report"] = report_pair
-    try:
-        if argv[:1] in (["cache"], ["calibrate"]):  # they take the settings of a training run
-            commands[argv[0]](*argv[1:])
-            return 0
-        about = "YAML file with any of the arguments below"
-        auto_cli(commands, args=argv, prog="memfilter", as_positional=True, parser_class=Parser, config_help=about)
-    except (ValueError, OSError) as error:
-        return report_error(error)
-    except ModuleNotFoundError as error:
-        extra = EXTRAS.get((error.name or "").partition(".")[0])
-        if extra is None:
-            raise
-        return report_error(ValueError(f"this needs the package {error.name}: pip install '.[{extra}]'"))
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130  # as shells have it
+    if argv[:1] in (["cache"], ["calibrate"]):  # they take the settings of a training run
+        commands[argv[0]](*argv[1:])
+        return 0
+    about = "YAML file with any of the arguments below"
+    auto_cli(commands, args=argv, prog="memfilter", as_positional=True, parser_class=Parser, config_help=about)
     return 0
 
 

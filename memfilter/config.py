@@ -51,8 +51,10 @@ class DataConfig:
             folder or Parquet files as Hugging Face datasets loads them, a hub id, or what save_to_disk has written).
             A run that goes on from a checkpoint then begins the stream anew. null reads at random.
         shuffle_buffer: of streaming; so many samples are held in each process that reads, to be drawn from.
-        index: Parquet file with key, role (distinct or duplicate) and repeats, or a manifest of `memfilter prepare
-            experiment`; by default index.parquet beside the data where there is one, else every sample counts once.
+        index: Parquet file, or a manifest of `memfilter prepare experiment`; by default index.parquet beside the data where
+            there is one, else every sample counts once. One row for every sample to be trained on: key, role (distinct,
+            duplicate, or null in all rows where nothing is known), repeats (at least 1); a sample it does not list is not
+            shown.
         order: of an epoch; shuffled, or spread (the copies of a sample come about equally far apart).
         resolution: pixels; the shorter side becomes this, then a square is cropped. By default what the denoiser was
             made for.
@@ -116,7 +118,7 @@ class FilterConfig:
             null pass is made for all.
         reference_size: values of the reference for each signal and bin of timesteps.
         table_size: places in the table of samples, of 73 bytes each; samples whose hashes meet share evidence.
-        sightings: of method=sightings.
+        sightings: of method=sightings; a sample is dropped once it was trained on so often.
         loss_ratio: of method=agc; a sample is kept whose loss, times this, reaches the mean (Liu et al., ECCV 2024).
         loss_decay: of method=agc; share of the running mean that is left after one more loss.
     """
@@ -148,7 +150,9 @@ class FilterConfig:
     @property
     def makes_passes(self) -> bool:
         """Whether there is any null pass."""
-        return self.method in ("timestep", "evidence") or self.method == "tau" and self.tau is not None
+        if self.method == "evidence":
+            return any(name != "loss" for name in self.signals)
+        return self.method == "timestep" or self.method == "tau" and self.tau is not None
 
 
 @dataclass
@@ -179,7 +183,8 @@ class TrainConfig:
     """How it is fine-tuned. Time is counted in samples seen.
 
     Args:
-        samples: budget; 0 leaves the model as it is, to be held against those that are trained.
+        samples: budget, whatever the data's size; a multiple of batch_size x accumulation x processes (without the last for
+            rules that pass samples over). 0 leaves the model as it is, to be held against those that are trained.
         batch_size: samples per forward of one process.
         accumulation: forwards per optimizer step.
         optimizer: adamw, or bitsandbytes' with state in 8 bits; paged: whose state leaves a full GPU for the CPU.
@@ -431,11 +436,12 @@ def settings_of(root: type) -> Iterator[tuple[str, Field]]:
                 yield section.name, setting
 
 
-def make_filter(run: Config, calibration=None):
+def make_filter(run: Config, calibration=None, num_train_timesteps: int = 1000):
     """The MemFilter that the configuration of a run describes.
 
     Args:
         calibration: a `Calibration`, for the methods that need one.
+        num_train_timesteps: T of the noise scheduler.
 
     Raises:
         ValueError: the calibration does not do for what is asked of it.
@@ -455,7 +461,7 @@ def make_filter(run: Config, calibration=None):
     if config.method == "sightings":
         return MemFilter(None, evidence=Sightings(config.sightings, config.table_size), **settings)
     if config.method == "agc":
-        return MemFilter(None, evidence=LossRule(config.loss_ratio, config.loss_decay), **settings)
+        return MemFilter(None, evidence=LossRule(config.loss_ratio, config.loss_decay, num_train_timesteps), **settings)
     all_pay = config.method == "timestep" or config.gate == -math.inf
     table = {
         "table_size": config.table_size,

@@ -78,8 +78,8 @@ class MemFilter:
         out = unet(noisy_latents, timesteps, prompt_embeds)
         loss = mem_filter.loss(out.sample, target)
         loss.backward()
-        mem_filter.before_step(optimizer)
-        optimizer.step()
+        if mem_filter.before_step(optimizer):
+            optimizer.step()
 
     Args:
         tau: samples whose norm is not below it are dropped (Section 4.3 of the paper; 2..6 there, for Stable Diffusion
@@ -377,7 +377,7 @@ class MemFilter:
             gain = _spread(log_gain(loss[at], squared_error(null, target[at])), place, len(pred))
         return loss, gain
 
-    def before_step(self, optimizer) -> bool:
+    def before_step(self, optimizer, *others) -> bool:
         """Call between the last backward and the clipping; says whether anything was kept in that step.
 
         With the reduction ``kept_global`` the gradients, sums so far, are divided by what all ranks kept. It is taken
@@ -385,14 +385,17 @@ class MemFilter:
         the loss was divided by the number of micro-batches, as their ``backward`` does. ZeRO clips inside its step, where
         it divides by the loss scale first: there the factor goes in, as that step's loss scale.
 
-        Where nothing was kept, gradients are set to None, so that the step changes nothing: with gradients of 0,
-        AdamW's momentum and weight decay would still move the weights. DeepSpeed's step must then not be called.
+        Where nothing was kept, gradients are set to None, so that a step changes nothing: with gradients of 0, AdamW's
+        momentum and weight decay would still move the weights. Clipping and step are then best left out; they must be with
+        fp16's GradScaler, which fails where there is no gradient, and under DeepSpeed.
 
         Args:
             optimizer: torch's or accelerate's; under DeepSpeed the engine: ``engine.backward(loss)``, then
                 ``if mem_filter.before_step(engine): engine.step()``.
+            others: whatever else steps by the same losses, not under DeepSpeed.
 
         Raises:
+            RuntimeError: since the last step there was no training forward.
             NonFiniteNorm: the norm of some sample of this step is NaN or infinite; the weights are still good.
             EmptySteps: this is the ``max_empty_steps``-th such step in a row.
             TypeError: an optimizer of accelerate under DeepSpeed, whose ``accelerator.backward`` has stepped already.
@@ -408,7 +411,9 @@ class MemFilter:
         kept, self._kept_in_step = self._kept_in_step, None
         if kept is None and not self.active:  # nothing was asked of the filter
             return True
-        kept = kept or 0
+        if kept is None:
+            raise RuntimeError("MemFilter.before_step was called twice for one step, or without a training forward before it: "
+                               "give it all optimizers of a step at once")  # fmt: skip
         if self.evidence is not None:
             kept = self._weigh()
         elif dist.is_available() and dist.is_initialized():  # an update of one rank alone would part the weights
@@ -418,20 +423,28 @@ class MemFilter:
             self._empty_in_a_row = 0
             if self.reduction == "kept_global":
                 ranks = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
-                self._rescale(optimizer, engine, ranks * micro_batches / int(kept))
+                for each in (optimizer, *others):
+                    self._rescale(each, engine, ranks * micro_batches / int(kept))
             return True
         if engine is None:
-            optimizer.zero_grad(set_to_none=True)
+            for each in (optimizer, *others):
+                each.zero_grad(set_to_none=True)
         else:
             _discard_gradients(engine)
         self._empty_in_a_row += 1
         self.stats.empty_steps += 1
         if self._empty_in_a_row >= self.max_empty_steps:
-            reason = "all of them were excluded" if self.evidence is None else "all of them were excluded or flagged"
-            if getattr(self.threshold, "tau", math.inf) < math.inf:
-                reason = f"filter.tau={self.threshold.tau} is below the norm of everything; raise it"
-            raise EmptySteps(f"{self._empty_in_a_row} optimizer steps in a row kept no sample: {reason}")
+            raise EmptySteps(f"{self._empty_in_a_row} optimizer steps in a row kept no sample: {self._why_empty()}")
         return False
+
+    def _why_empty(self) -> str:
+        if isinstance(self.threshold, TimestepThreshold):
+            return f"lower filter.false_positive_rate={self.threshold.false_positive_rate}, or mend what is excluded"
+        if self.threshold.tau < math.inf:
+            return f"filter.tau={self.threshold.tau} is below the norm of everything; raise it"
+        if self.evidence is None:
+            return "all of them were excluded"
+        return f"all of them were excluded or {'had too small a loss' if self.evidence.judges_loss else 'flagged'}"
 
     def _weigh(self) -> int:
         """The evidence of this step's samples, of all ranks; says how many were kept. One collective."""
@@ -479,7 +492,8 @@ class MemFilter:
         return self.stats.histograms(_sum_over(accelerator))
 
     def state_dict(self, accelerator=None) -> dict:
-        """All counts so far, of all ranks, as JSON takes it; with several ranks every rank calls."""
+        """All counts so far, of all ranks, as JSON takes it; with several ranks every rank calls. A rule that knows keys has a
+        state of its own, ``evidence.state_dict()``, of tensors."""
         return {"stats": self.stats.state_dict(_sum_over(accelerator)), "empty_in_a_row": self._empty_in_a_row}
 
     def load_state_dict(self, state: dict, accelerator=None) -> None:

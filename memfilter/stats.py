@@ -72,7 +72,8 @@ class FilterStats:
         self._norms.view(-1).index_add_(0, cell * len(HISTOGRAM_EDGES) + place, checked.long())
 
     def compute(self, reduce=None) -> dict[str, float]:
-        """What happened since the last call, as flat metrics named ``filter/...``, and starts a new window.
+        """What happened since the last call, as flat metrics named ``filter/...``, and starts a new window;
+        ``filter/empty_steps`` counts from the beginning.
 
         Args:
             reduce: sums a tensor over all ranks; every rank must call. None for one process.

@@ -161,7 +161,7 @@ def read_sweep(path: Path) -> list[Point]:
         settings = dict(zip(values, chosen, strict=True))
         words = create_sweep_command(list(asked.get("command") or []) or None)
         filled = create_sweep_command_args({"args": {name: {"value": value} for name, value in settings.items()}})
-        filled |= {"env": ["/usr/bin/env"], "interpreter": ["python"], "program": [asked["program"]]}
+        filled |= {"env": ["/usr/bin/env"], "interpreter": [sys.executable], "program": [asked["program"]]}
         command: list[str] = []
         for word in map(str, words):
             macro = word.startswith("${") and word.endswith("}")

@@ -12,8 +12,8 @@ from memfilter.children import children
 ROOT = Path(__file__).resolve().parents[1]
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
-def test_what_ends_it_waits_for_the_checkpoints(tmp_path, number):
+@pytest.mark.parametrize("numbers", [[signal.SIGTERM], [signal.SIGHUP], [signal.SIGHUP, signal.SIGTERM]])
+def test_what_ends_it_waits_for_the_checkpoints(tmp_path, numbers):
     run = "import signal, sys, time; signal.signal(signal.SIGTERM, lambda *_: (time.sleep(1), open('saved', 'w'), sys.exit())); "
     run += "open('started', 'w'); time.sleep(60)"
     launcher = f"import subprocess, sys; subprocess.Popen([sys.executable, '-c', {run!r}]).wait()"  # as accelerate's: no handler
@@ -28,7 +28,9 @@ def test_what_ends_it_waits_for_the_checkpoints(tmp_path, number):
     deadline = time.monotonic() + 60
     while not (tmp_path / "started").exists() and time.monotonic() < deadline:
         time.sleep(0.05)
-    process.send_signal(number)
+    for number in numbers:  # the second while the first is being told to the children
+        process.send_signal(number)
+        time.sleep(0.001)
     process.wait(timeout=60)
     assert (tmp_path / "saved").exists()
 

@@ -310,6 +310,11 @@ def test_null_is_refused_where_nothing_says_that_it_may_stand(tmp_path):
     ]  # fmt: skip
 
 
+def test_run_without_a_place_is_refused(tmp_path):
+    (tmp_path / "a.yaml").write_text("run_dir: null\n")
+    assert refusal([f"--config={tmp_path / 'a.yaml'}"]) == ["run_dir=null: expected text"]
+
+
 def test_print_config_does_not_hide_what_is_wrong(capsys):
     assert refusal(["--print_config", "--filter.tau=-1", "--train.sampels=3"]) == [
         "train.sampels is no setting: did you mean train.samples?",

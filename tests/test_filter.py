@@ -502,6 +502,45 @@ def test_before_step_in_every_micro_batch_acts_only_where_accelerate_steps(tiny_
     assert mem_filter.stats.empty_steps == 0
 
 
+def test_step_that_keeps_nothing_is_left_out_in_fp16_which_would_fail_at_it(tiny_unet, tiny_batch):
+    x, t, _, target = tiny_batch()
+    mem_filter, scaler = MemFilter(tau=TINY_TAU), torch.amp.GradScaler("cpu")
+    unet = mem_filter.wrap(tiny_unet(), null=NULL)
+    optimizer = adamw(unet)
+    before = snapshot(unet, optimizer)
+    for keep in ("0000", "1010"):
+        scaler.scale(mem_filter.loss(unet(x, t, embeds(keep)).sample, target)).backward()
+        if mem_filter.before_step(optimizer):
+            scaler.step(optimizer)
+            scaler.update()
+        else:
+            (other := torch.amp.GradScaler("cpu")).scale(torch.ones(1))
+            with pytest.raises(AssertionError, match="No inf checks"):
+                other.step(optimizer)
+            assert same(before, snapshot(unet, optimizer))
+    assert not same(before, snapshot(unet, optimizer))
+
+
+def test_several_optimizers_of_a_step_are_told_at_once(tiny_unet, tiny_batch):
+    x, t, _, target = tiny_batch()
+    stepped = {}
+    for several in (False, True):
+        mem_filter = MemFilter(tau=TINY_TAU, reduction="kept_global")
+        unet = mem_filter.wrap(tiny_unet(), null=NULL)
+        first, *rest = unet.parameters()
+        optimizers = [torch.optim.SGD(some, lr=1.0) for some in ([[first], rest] if several else [[first, *rest]])]
+        for keep in ("0000", "0110"):
+            mem_filter.loss(unet(x, t, embeds(keep)).sample, target).backward()
+            assert mem_filter.before_step(*optimizers) == (keep != "0000")
+            for optimizer in optimizers:
+                optimizer.step()
+                optimizer.zero_grad()
+        with pytest.raises(RuntimeError, match="all optimizers of a step at once"):
+            mem_filter.before_step(optimizers[-1])
+        stepped[several] = [parameter.detach().clone() for parameter in unet.parameters()]
+    assert all(map(torch.equal, *stepped.values()))
+
+
 def test_verdict_serves_one_loss_so_that_a_forgotten_train_call_is_noticed(tiny_unet, tiny_batch):
     x, t, e, target = tiny_batch()
     mem_filter = MemFilter(tau=4.0)

@@ -83,7 +83,7 @@ def calibrate(config: Config, out: Path, keys: int = 300, looks: int = 40, progr
             inputs = objective.inputs(batch)
             with accelerator.autocast():
                 cond = unet(inputs.noisy_latents, inputs.timesteps, **inputs.conditions).sample
-            null = null_pass.null_prediction(inputs.noisy_latents, inputs.timesteps, inputs.conditions)
+                null = null_pass.null_prediction(inputs.noisy_latents, inputs.timesteps, inputs.conditions)
             error = squared_error(cond, inputs.target)
             found = {
                 "norm": text_norm(cond, null, factors[inputs.timesteps], config.filter.unit),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import shutil
+from collections.abc import Set
 from dataclasses import asdict
 from pathlib import Path
 
@@ -21,9 +22,9 @@ log = logging.getLogger(__name__)
 
 _STATE, _WEIGHTS, _AVERAGE, _EVIDENCE = "state.json", "model.safetensors", "ema.safetensors", "evidence.safetensors"
 # what may be another when a run goes on: where things are and how work is split, not what is learnt
-_FREE = {"data.path", "data.index", "data.shuffle_buffer", "data.cache_gb", "data.workers", "train.samples",
-         "train.batch_size", "train.accumulation", "train.gradient_checkpointing", "train.compile",
-         "filter.max_empty_steps"}  # fmt: skip
+FREE = {"data.path", "data.index", "data.shuffle_buffer", "data.cache_gb", "data.workers", "train.samples",
+        "train.batch_size", "train.accumulation", "train.gradient_checkpointing", "train.compile",
+        "filter.max_empty_steps"}  # fmt: skip
 
 
 class CheckpointError(RuntimeError):
@@ -32,8 +33,9 @@ class CheckpointError(RuntimeError):
 
 class Checkpoints:
     """``checkpoints/<samples seen>/`` of a run: ``state.json`` with the counters, the average as ``ema.safetensors``, the
-    filter's table of keys as ``evidence.safetensors``, and what accelerate saves: trained weights (``model.safetensors``), optimizer, fp16's loss scale; under DeepSpeed and FSDP
-    in their formats. Pickled files, accelerate's and DeepSpeed's, are read from here only.
+    filter's table of keys as ``evidence.safetensors``, and what accelerate saves: trained weights (``model.safetensors``),
+    optimizer, fp16's loss scale; under DeepSpeed and FSDP in their formats. Pickled files, accelerate's and DeepSpeed's, are
+    read from here only.
 
     Each is written beside its place and renamed when all ranks are done.
 
@@ -166,19 +168,28 @@ def _kind(accelerator: Accelerator) -> str:
     return "FSDP" if accelerator.distributed_type == DistributedType.FSDP else "DDP or one process"
 
 
+def changes(before: dict, config: Config, free: Set[str] = FREE) -> list[str]:
+    """Every setting that would make a run another one, with what it was in ``before``, as JSON has a `Config`.
+
+    Args:
+        free: what may be another.
+    """
+    now = json.loads(json.dumps(asdict(config)))
+    return [
+        f"{section}.{setting.name} was {before[section][setting.name]}, found {now[section][setting.name]}"
+        for section, setting in settings_of(Config)
+        if section not in ("log", "checkpoint") and f"{section}.{setting.name}" not in free
+        if setting.name in before.get(section, {}) and before[section][setting.name] != now[section][setting.name]
+    ]
+
+
 def require_same(path: Path, state: dict, config: Config, data: str) -> None:
     """Raises CheckpointError with every setting that would make the run another one.
 
     Args:
         data: fingerprint of the samples, see `Experiment.fingerprint`.
     """
-    before, now = state["config"], json.loads(json.dumps(asdict(config)))
-    reasons = [
-        f"{section}.{setting.name} was {before[section][setting.name]}, found {now[section][setting.name]}"
-        for section, setting in settings_of(Config)
-        if section not in ("log", "checkpoint") and f"{section}.{setting.name}" not in _FREE
-        if setting.name in before.get(section, {}) and before[section][setting.name] != now[section][setting.name]
-    ]
+    reasons = changes(state["config"], config)
     if state["data"] != data:
         reasons.append("the samples of data.index are others")
     if reasons:

@@ -82,6 +82,8 @@ def _refusals(config: Config, accelerator: Accelerator) -> Iterator[str]:
             yield "accelerate does not shard by FSDP on CPUs, and does not say so: use DDP or DeepSpeed"
         if train.optimizer != "adamw":
             yield f"train.optimizer={train.optimizer}: bitsandbytes cannot step FSDP's sharded weights; use adamw"
+        if train.ema_half_life:
+            yield "train.ema_half_life: an average of weights that FSDP shards would be in pieces; set it to 0, or use DDP"
         if lora:
             yield "model.lora_rank: FSDP cannot shard frozen and trained weights of different types; use DDP"
         if train.mixed_precision == "fp16":

@@ -68,9 +68,10 @@ def model_card(summary: dict, lora: bool) -> ModelCard:
     )
     shown = {section: dict(part) for section, part in config.items() if isinstance(part, dict)}
     shown["model"]["path"] = _model_name(base)
-    for name in ("path", "index"):
-        shown["data"][name] = shown["data"][name] and Path(shown["data"][name]).resolve().name
-    packages = [*VERSIONS, *(["bitsandbytes"] if config.get("train", {}).get("optimizer") == "adamw_8bit" else [])]
+    for section, name in (("data", "path"), ("data", "index"), ("data", "cache"), ("filter", "calibration")):
+        if place := shown.get(section, {}).get(name):
+            shown[section][name] = Path(place).resolve().name
+    packages = [*VERSIONS, *(["bitsandbytes"] if config.get("train", {}).get("optimizer", "adamw") != "adamw" else [])]
     versions = {"memfilter": memfilter.__version__} | {name: version(name) for name in packages}
     return ModelCard.from_template(
         data,
@@ -78,7 +79,7 @@ def model_card(summary: dict, lora: bool) -> ModelCard:
         base=_model_name(base),
         lora=lora,
         summary=summary,
-        filter=config["filter"],
+        filter=shown["filter"],
         data_name=shown["data"]["path"],
         settings=yaml.safe_dump(shown, sort_keys=False),
         versions=versions,

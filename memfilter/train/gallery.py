@@ -22,7 +22,7 @@ def write_gallery(run_dir: Path, dataset: SampleDataset, count: int) -> list[dic
     """Writes ``dropped.html``: the samples that were dropped most often, with their pictures and captions.
 
     Returns:
-        What is on the page: picture (PIL, None if it cannot be read), key, caption, duplicate (None: unknown), checked,
+        What is on the page: picture (PIL, None if it cannot be read), key, caption, duplicate (None: unknown), encounters,
         dropped, mean_norm.
     """
     rows = [row | _sample(dataset, row["key"]) for row in most_dropped(run_dir / "audit.parquet", count)]
@@ -36,11 +36,12 @@ def write_gallery(run_dir: Path, dataset: SampleDataset, count: int) -> list[dic
 
 
 def most_dropped(audit: Path, count: int) -> list[dict]:
-    """Key, duplicate, checked, dropped and mean_norm of the samples that were dropped most often, at least once."""
-    table = pq.read_table(audit, columns=["key", "duplicate", "text_norm", "keep"])
+    """Key, duplicate, encounters, dropped and mean_norm of the samples that were dropped most often, at least once."""
+    table = pq.read_table(audit, columns=["key", "duplicate", "text_norm", "keep", "skipped"])
+    table = table.filter(pc.fill_null(pc.not_equal(table["skipped"], "excluded"), True))  # what cannot be read is not dropped
     table = table.append_column("drop", pc.cast(pc.invert(table["keep"]), "int64"))
     table = table.group_by("key").aggregate([("duplicate", "max"), ("drop", "count"), ("drop", "sum"), ("text_norm", "mean")])
-    table = table.rename_columns(["key", "duplicate", "checked", "dropped", "mean_norm"])
+    table = table.rename_columns(["key", "duplicate", "encounters", "dropped", "mean_norm"])
     table = table.filter(pc.field("dropped") > 0).sort_by([("dropped", "descending"), ("key", "ascending")])
     return table.slice(0, count).to_pylist()
 

@@ -29,7 +29,7 @@ from memfilter.data.sources import make_dataset, open_data
 from memfilter.files import atomic, held, is_full
 from memfilter.filter import EmptySteps
 from memfilter.pipelines import ModelError
-from memfilter.train.checkpoint import CheckpointError, Checkpoints, require_same
+from memfilter.train.checkpoint import FREE, CheckpointError, Checkpoints, changes, require_same
 from memfilter.train.checks import require_calibration, require_place, require_suitable, resolution_of
 from memfilter.train.engine import Engine, make_accelerator
 from memfilter.train.export import export_lora, export_pipeline
@@ -54,8 +54,11 @@ def train(config: Config, progress: bool = True) -> dict:
     """
     summary = Path(config.run_dir) / "summary.json"
     if config.checkpoint.resume and summary.is_file():
+        finished = json.loads(summary.read_text(encoding="utf-8"))
+        if changed := changes(finished["config"], config, free=FREE - {"train.samples"}):
+            raise ConfigError("\n".join(f"run_dir: {config.run_dir} is finished, as another run: {line}" for line in changed))
         log.info("%s is finished", config.run_dir)
-        return json.loads(summary.read_text(encoding="utf-8"))
+        return finished
     return Trainer(config).run(progress)
 
 
@@ -91,7 +94,7 @@ class Trainer:
         noise_scheduler = DDPMScheduler.from_config(pipeline.scheduler.config)
         calibration = require_calibration(config, pipeline.unet, noise_scheduler, resolution)
         try:
-            self.mem_filter = make_filter(config, calibration)
+            self.mem_filter = make_filter(config, calibration, noise_scheduler.config.num_train_timesteps)
         except ValueError as error:
             raise ConfigError(str(error)) from error
         require_suitable(config, pipeline, noise_scheduler, resolution)
@@ -179,10 +182,7 @@ class Trainer:
             finally:
                 bar.close()
                 if self.main:
-                    with suppress(OSError) if exit_code else nullcontext():  # a full disk has been told of
-                        self.audit.close()
-                        self.bad_samples.write(self.bad_samples.take())
-                    self.tracker.close(exit_code)
+                    self._close_files(exit_code)
             if self.main:
                 with atomic(self.run_dir / "summary.json") as partial:
                     partial.write_text(json.dumps(summary, indent=1))
@@ -238,9 +238,10 @@ class Trainer:
                     stepped_at = self.seen
         if self.seen < config.train.samples:  # what was left did not fill a step
             if self.feed.out_of_patience:
-                setting = "lower filter.false_flag_rate" if config.filter.method == "evidence" else "raise filter.sightings"
+                advice = {"evidence": "lower filter.false_flag_rate", "sightings": "raise filter.sightings",
+                          "oracle": "see which samples the index calls duplicates"}[config.filter.method]  # fmt: skip
                 raise EmptySteps(f"everything is flagged: after {self.seen} samples, {len(self.feed.rest)} in a row are of keys "
-                                 f"that are left out; look at audit.parquet, and {setting}")  # fmt: skip
+                                 f"that are left out; look at audit.parquet, and {advice}")  # fmt: skip
             self._pass_over(self.feed.rest)
             self.seen = config.train.samples
             self._report()
@@ -343,6 +344,13 @@ class Trainer:
         self.audit = Audit(run_dir, self.seen, self.main)
         allowed = config.data.max_bad_share * config.train.samples
         self.bad_samples = BadSamples(run_dir / "bad_samples.jsonl", allowed, self.seen, self.main)
+
+    def _close_files(self, exit_code: int) -> None:
+        """What has ended the run is told, and not what follows from it here, such as that the disk is still full."""
+        bad_samples = self.bad_samples
+        for close in (self.audit.close, lambda: bad_samples.write(bad_samples.take()), lambda: self.tracker.close(exit_code)):
+            with suppress(Exception) if exit_code else nullcontext():
+                close()
 
     def _note(self, batch: dict, loss: torch.Tensor) -> None:
         """Remembers what a forward brought, on the device."""

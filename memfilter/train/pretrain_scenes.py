@@ -3,8 +3,8 @@
     python -m memfilter.train.pretrain_scenes --work_dir runs/pretrain --out memfilter/assets/scenes-base
 
 Pictures, autoencoder, latents, tokenizer, then denoiser and text encoder together; what is finished, and the last
-checkpoint of the denoiser, is found again in ``work_dir`` when the command is repeated with the same arguments. Combinations of ``scenes.held_out`` are never shown.
-Everything is drawn from ``SEED``; bf16 autocast where it pays.
+checkpoint of the denoiser, is found again in ``work_dir`` when the command is repeated with the same arguments. Combinations
+of ``scenes.held_out`` are never shown. Everything is drawn from ``SEED``; bf16 autocast where it pays.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import json
 import logging
-import os
 import time
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
@@ -23,6 +22,7 @@ from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
 from memfilter.data import scenes
+from memfilter.files import atomic
 
 SEED = 20261122
 PICTURES = 100_000
@@ -89,7 +89,8 @@ def make_pictures(work: Path) -> tuple[np.ndarray, list[str]]:
         chunks = [drawn[i : i + 1000] for i in range(0, len(drawn), 1000)]
         with ProcessPoolExecutor() as pool:
             parts = list(tqdm(pool.map(scenes.pixels, chunks), total=len(chunks), desc="pictures"))
-        _atomically(path, lambda p: np.save(p.open("wb"), np.concatenate(parts)))
+        with atomic(path) as partial, partial.open("wb") as file:
+            np.save(file, np.concatenate(parts))
     return np.load(path, mmap_mode="r"), [scene.caption for scene in drawn]
 
 
@@ -138,7 +139,8 @@ def make_latents(work: Path, vae, pictures: np.ndarray) -> dict[str, torch.Tenso
             posterior = vae.encode(as_input(pictures[i : i + 500])).latent_dist
             means.append((posterior.mean * vae.config.scaling_factor).half())
             stds.append((posterior.std * vae.config.scaling_factor).half())
-        _atomically(path, lambda p: save_file({"mean": torch.cat(means).contiguous(), "std": torch.cat(stds).contiguous()}, p))
+        with atomic(path) as partial:
+            save_file({"mean": torch.cat(means).contiguous(), "std": torch.cat(stds).contiguous()}, partial)
     return load_file(path)
 
 
@@ -239,7 +241,8 @@ def save(path: Path, model, optimizer, ema, step: int) -> None:
         tensors[f"ema.{i}"] = shadow
         tensors |= {f"optimizer.{i}.{k}": v for k, v in optimizer.state[parameter].items()}
     tensors["step"] = torch.tensor(step)
-    _atomically(path, lambda p: save_file({k: v.contiguous().clone() for k, v in tensors.items()}, p))
+    with atomic(path) as partial:
+        save_file({k: v.contiguous().clone() for k, v in tensors.items()}, partial)
 
 
 def restore(path: Path, model, optimizer, ema) -> int:
@@ -256,12 +259,6 @@ def restore(path: Path, model, optimizer, ema) -> int:
 def as_input(pictures: np.ndarray) -> torch.Tensor:
     """uint8 [N, H, W, 3] -> float [N, 3, H, W] in [-1, 1]."""
     return torch.from_numpy(np.ascontiguousarray(pictures)).permute(0, 3, 1, 2).float() / 127.5 - 1
-
-
-def _atomically(path: Path, write) -> None:
-    partial = path.with_name(f".{path.name}.partial")
-    write(partial)
-    os.replace(partial, path)
 
 
 def main(argv: list[str] | None = None) -> None:

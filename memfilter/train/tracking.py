@@ -63,7 +63,8 @@ def keep_lines(path: Path, wanted: Callable[[dict], bool], writes: bool = True) 
 
 
 class Audit:
-    """One row for every checked sample, or, with evidence, for every sample of the stream, passed over or not. Tensors stay on their device until `take`.
+    """One row for every checked sample, or, with evidence, for every sample of the stream, passed over or not. Tensors stay on
+    their device until `take`.
 
     Every rank adds and takes; one of them writes, and makes the file when all is there. Until then rows are in
     ``audit/``, in parts that end at checkpoints: a run that goes on from a checkpoint keeps the parts that began before.
@@ -79,6 +80,7 @@ class Audit:
         self._part = self._parts / f"{start:012d}.parquet"
         self._pending: list[tuple[dict, Verdict]] = []
         self._passed_over: list[pa.Table] = []
+        self._closed = False
         if writes:
             self._parts.mkdir(exist_ok=True)
             for part in (*self._parts.glob(".*.partial"), *self._parts.glob("*.parquet")):
@@ -96,18 +98,21 @@ class Audit:
         self._passed_over.append(_table(facts | constant | {"timestep": timesteps}))
 
     def take(self) -> pa.Table:
-        """The rows that were added since the last call."""
+        """The rows that were added since the last call, but for those whose step has not been weighed yet."""
         tables, self._passed_over = self._passed_over, []
-        for facts, verdict in self._pending:
+        added, self._pending = self._pending, []
+        for facts, verdict in added:
+            if verdict.skipped is not None and verdict.p_value is None:  # until `MemFilter.before_step`
+                self._pending.append((facts, verdict))
+                continue
             columns = facts | {
                 "timestep": verdict.timesteps.int().cpu().numpy(),
                 "text_norm": verdict.text_norm.float().cpu().numpy(),
                 "keep": verdict.keep.cpu().numpy(),
                 "skipped": verdict.skipped,
             }
-            checked = verdict.checked.cpu().numpy()
-            if verdict.signals is None:
-                tables.append(_table(columns).filter(pa.array(checked)))
+            if verdict.skipped is None:
+                tables.append(_table(columns).filter(pa.array(verdict.checked.cpu().numpy())))
                 continue
             found = dict(zip(SIGNALS, verdict.signals.numpy().T, strict=True)) | {
                 "p_value": verdict.p_value.numpy(),
@@ -115,7 +120,6 @@ class Audit:
             }
             columns |= {"text_norm": found.pop("norm")} | found
             tables.append(_table(columns))
-        self._pending.clear()
         return pa.concat_tables(tables) if tables else AUDIT_SCHEMA.empty_table()
 
     def write(self, tables: list[pa.Table]) -> None:
@@ -134,7 +138,10 @@ class Audit:
         self._writer, self._part = None, self._parts / f"{samples:012d}.parquet"
 
     def close(self) -> None:
-        """Makes the file of all parts."""
+        """Makes the file of all parts, once."""
+        if self._closed:
+            return
+        self._closed = True
         self.write([self.take()])
         self.cut(0)
         with atomic(self._path) as partial, pq.ParquetWriter(partial, AUDIT_SCHEMA) as writer:

@@ -406,6 +406,11 @@ def test_what_would_make_it_another_run_is_refused_in_a_line_each(settings, stop
 def test_finished_run_is_left_alone(settings, whole):
     before = sorted((path, path.stat().st_mtime_ns) for path in whole.rglob("*"))
     assert f"{whole} is finished" in launching.run(settings(whole, RESUME), processes=None)
+    output = launching.run(settings(whole, RESUME, "--filter.tau=0.8", "--train.samples=6400"), processes=None, code=1)
+    errors = [line for line in output.splitlines() if line.startswith("error: ")]
+    assert [line.partition(" was ")[0] for line in errors] == [
+        f"error: run_dir: {whole} is finished, as another run: {name}" for name in ("filter.tau", "train.samples")
+    ]
     output = launching.run(settings(whole), processes=None, code=1)
     (error,) = (line for line in output.splitlines() if line.startswith("error: "))
     assert error.startswith(f"error: run_dir: {whole} is not empty") and "checkpoint.resume=true" in error

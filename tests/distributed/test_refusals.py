@@ -2,9 +2,15 @@
 
 import json
 import re
+from types import SimpleNamespace
 
 import launching
 import pytest
+import torch
+from accelerate.utils import DistributedType
+
+from memfilter.config import Config
+from memfilter.train.engine import _refusals
 
 
 @pytest.fixture
@@ -28,6 +34,14 @@ def test_everything_that_does_not_go_with_a_deepspeed_stage_is_told_at_once(tmp_
                   "train.optimizer=paged_adamw", "train.compile"):  # fmt: skip
         assert [line for line in told if line.startswith(start)], (start, told)
     assert len(told) == 5 and not (tmp_path / "run").exists()
+
+
+def test_average_of_weights_that_fsdp_shards_is_refused():
+    launch = SimpleNamespace(distributed_type=DistributedType.FSDP, is_fsdp2=True, device=torch.device("cuda"))
+    config = Config()
+    assert [line.partition(":")[0] for line in _refusals(config, launch)] == ["train.ema_half_life"]
+    config.train.ema_half_life = 0
+    assert not list(_refusals(config, launch))
 
 
 def test_fp16_under_deepspeed_on_cpus_is_refused(settings):

@@ -193,6 +193,16 @@ def _rank(config, out) -> None:
     assert dist.get_world_size() == 2
 
 
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_both_passes_are_made_in_the_precision_of_the_run(settings, calibrated, tmp_path, precision):
+    half, lora = (f"--train.mixed_precision={precision}",), ("--model.lora_rank=4",)  # whose weights are stored in halves
+    for name, more in (("whole", half), ("lora", half + lora)):
+        assert command(settings(tmp_path / name, "sd1", *more)) == 0
+        found, expected = (Calibration.load(path).signals for path in (tmp_path / name, calibrated("sd1")))
+        torch.testing.assert_close(found, expected, rtol=0.1, atol=0.05)
+        assert not torch.equal(found, expected)
+
+
 def test_two_processes_find_what_one_does(settings, calibrated, tmp_path):
     config = parse([s for s in settings(None) if s.startswith(("--model", "--data", "--train"))])
     debug_launcher(_rank, args=(config, tmp_path / "two.json"), num_processes=2)

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import math
 import shutil
 import signal
 from pathlib import Path
@@ -22,6 +23,7 @@ from memfilter.data.experiment import Experiment, prepare_scenes
 from memfilter.data.feed import Feed
 from memfilter.data.sampler import SampleStream
 from memfilter.data.shards import Shards
+from memfilter.filter import NonFiniteNorm
 from memfilter.keys import KeyTable
 from memfilter.train.loop import Trainer, train
 
@@ -194,6 +196,33 @@ def test_audit_has_a_row_for_each_sample_of_the_stream_and_says_why_there_was_no
     assert len(left) < BATCH and min(left, default=SAMPLES) > max(shown)
     assert {row["skipped"] for row in rows} == {None, "flagged", "caption dropped", "high noise", "no evidence"}
     assert launching.lines(whole() / "metrics.jsonl")[-1]["samples"] == SAMPLES
+
+
+def test_report_in_the_midst_of_a_step_loses_no_row(settings, tmp_path):
+    step = ("--train.samples=120", "--train.accumulation=3", f"--log.every={BATCH}")
+    run(settings(tmp_path / "run", *step))
+    rows = audit(tmp_path / "run")
+    shown = [row for row in rows if row["loss"] is not None]
+    assert len(shown) % (3 * BATCH) == 0 < len(shown) and len(rows) > 120 - 3 * BATCH
+    assert all(row["evidence"] is not None for row in shown if row["skipped"] != "caption dropped")
+
+
+def test_run_that_fails_in_the_midst_of_a_step_says_why_and_keeps_what_was_weighed(settings, tmp_path):
+    trainer = Trainer(parse(settings(tmp_path / "run", "--train.samples=120", "--train.accumulation=3")))
+    objective, forwards = trainer.objective, []
+
+    def broken(batch):
+        forwards.append(batch)
+        if len(forwards) == 5:  # the second of its step
+            with torch.no_grad():
+                next(trainer.engine.model.parameters()).fill_(math.nan)
+        return objective(batch)
+
+    trainer.objective = broken
+    with pytest.raises(NonFiniteNorm, match="samples is not finite"):
+        trainer.run(progress=False)
+    weighed = [position for batch in forwards[:3] for position in batch["position"]]
+    assert [row["position"] for row in audit(tmp_path / "run")] == weighed
 
 
 def test_metrics_tell_how_many_are_flagged_readmitted_and_looked_at(whole):

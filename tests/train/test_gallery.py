@@ -51,9 +51,9 @@ class Page(HTMLParser):
 
 
 def write_audit(run_dir, rows):
-    """rows: (key, duplicate, text_norm, keep)"""
+    """rows: (key, duplicate, text_norm, keep) and perhaps why there was no check"""
     run_dir.mkdir(exist_ok=True)
-    columns = [list(column) for column in zip(*rows, strict=True)]
+    columns = [list(column) for column in zip(*((*row, None)[:5] for row in rows), strict=True)]
     table = pa.table({
         "position": pa.array(range(len(rows)), pa.int64()),
         "key": pa.array(columns[0], pa.string()),
@@ -61,6 +61,7 @@ def write_audit(run_dir, rows):
         "timestep": pa.array([1] * len(rows), pa.int32()),
         "text_norm": pa.array(columns[2], pa.float32()),
         "keep": pa.array(columns[3], pa.bool_()),
+        "skipped": pa.array(columns[4], pa.string()),
     })  # fmt: skip
     pq.write_table(table, run_dir / "audit.parquet")
     return run_dir / "audit.parquet"
@@ -100,9 +101,15 @@ def test_counts_are_those_of_a_recount_in_plain_python(tmp_path):
     found = most_dropped(write_audit(tmp_path / "run", rows), 100)
     assert len(found) == 11  # what is always kept does not stand on the page
     for row, (dropped, key, duplicate, checked, norm) in zip(found, expected, strict=True):
-        assert (row["key"], row["dropped"], row["checked"], row["duplicate"]) == (key, -dropped, checked, duplicate)
+        assert (row["key"], row["dropped"], row["encounters"], row["duplicate"]) == (key, -dropped, checked, duplicate)
         assert row["mean_norm"] == pytest.approx(norm, rel=1e-5)
     assert most_dropped(tmp_path / "run" / "audit.parquet", 3) == found[:3]
+
+
+def test_what_was_excluded_was_not_dropped(tmp_path):
+    rows = [("a", True, None, False, "excluded")] * 3 + [("a", True, None, False, "flagged"), ("b", True, None, False, "excluded")]
+    (found,) = most_dropped(write_audit(tmp_path / "run", rows), 10)
+    assert (found["key"], found["encounters"], found["dropped"]) == ("a", 1, 1)
 
 
 def test_what_captions_and_keys_say_is_shown_and_not_obeyed(tmp_path, dataset):
