@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from memfilter.data import scenes
 
 MEASURE = "pixel correlation"  # the name under which figures are reported
+SLICE = 64  # pictures that are averaged down at once
 
 
 class Measure(ABC):
@@ -37,11 +38,23 @@ class Measure(ABC):
 
     def similarity(self, a: np.ndarray, b: np.ndarray) -> np.ndarray:
         """Of two pictures: uint8 [..., H, W, 3] twice -> [...] in [-1, 1]."""
-        return (self.features(a) * self.features(b)).sum(-1)
+        return self.similarity_seen(self.seen(a), self.seen(b))
 
     def pairs(self, pictures: np.ndarray) -> np.ndarray:
         """Of every two of N pictures: uint8 [..., N, H, W, 3] -> [..., N (N - 1) / 2]."""
-        return _pairs(self.features(pictures))
+        return self.pairs_seen(self.seen(pictures))
+
+    def seen(self, pictures: np.ndarray) -> np.ndarray:
+        """What is compared of pictures, to be kept where they are compared more than once: uint8 [..., H, W, 3] -> [..., *]."""
+        return self.features(pictures)
+
+    def similarity_seen(self, a: np.ndarray, b: np.ndarray) -> np.ndarray:
+        """`similarity` of what `seen` gives."""
+        return (a * b).sum(-1)
+
+    def pairs_seen(self, seen: np.ndarray) -> np.ndarray:
+        """`pairs` of what `seen` gives."""
+        return _pairs(seen)
 
     def memorized_above(self, side: int) -> float | None:
         """From which similarity on a picture of so many pixels a side is a copy; None where that must be calibrated."""
@@ -61,28 +74,31 @@ class PixelCorrelation(Measure):
         self.side = side
 
     def _features(self, pictures: np.ndarray) -> np.ndarray:
-        pixels = _centred(self._reduced(pictures))
+        pixels = _centred(self.seen(pictures))
         scale = np.linalg.norm(pixels, axis=-1, keepdims=True)
         return np.divide(pixels, scale, out=np.zeros_like(pixels), where=scale > 0)
 
-    # to the last bit what evaluations have always written, which features, divided first, are not
-    def similarity(self, a: np.ndarray, b: np.ndarray) -> np.ndarray:
-        return copy_similarity(self._reduced(a), self._reduced(b))
-
-    def pairs(self, pictures: np.ndarray) -> np.ndarray:
-        first, second = np.triu_indices(pictures.shape[-4], 1)
-        pictures = self._reduced(pictures)
-        return copy_similarity(pictures[..., first, :, :, :], pictures[..., second, :, :, :])
-
-    def _reduced(self, pictures: np.ndarray) -> np.ndarray:
+    # pictures, averaged down: to the last bit what evaluations have always compared, which features, divided first, are not
+    def seen(self, pictures: np.ndarray) -> np.ndarray:
         height, width = pictures.shape[-3:-1]
         if (longest := max(height, width)) <= self.side:
             return pictures
         size = [max(1, round(length * self.side / longest)) for length in (height, width)]
         flat = np.ascontiguousarray(pictures).reshape(-1, height, width, 3)
-        pixels = F.interpolate(torch.from_numpy(flat).permute(0, 3, 1, 2).float(), size, mode="area")
-        pixels = pixels.permute(0, 2, 3, 1)
-        return pixels.reshape(*pictures.shape[:-3], *size, 3).numpy()
+        found = np.empty((len(flat), *size, 3), np.float32)
+        for start in range(0, len(flat), SLICE):  # in fp32 all of them would be four times what they are
+            pixels = torch.from_numpy(flat[start : start + SLICE]).permute(0, 3, 1, 2).float()
+            found[start : start + SLICE] = F.interpolate(pixels, size, mode="area").permute(0, 2, 3, 1).numpy()
+        return found.reshape(*pictures.shape[:-3], *size, 3)
+
+    def similarity_seen(self, a: np.ndarray, b: np.ndarray) -> np.ndarray:
+        return copy_similarity(a, b)
+
+    def pairs_seen(self, seen: np.ndarray) -> np.ndarray:
+        first, second = np.triu_indices(seen.shape[-4], 1)
+        # one prompt's at a time: there are many more pairs than pictures
+        found = [copy_similarity(own[first], own[second]) for own in seen.reshape(-1, *seen.shape[-4:])]
+        return np.stack(found).reshape(*seen.shape[:-4], -1)
 
     def facts(self) -> dict:
         return {"measure": self.name, "side": self.side}
@@ -139,9 +155,9 @@ def distinct_above(features: np.ndarray) -> float:
     return float(np.quantile(_pairs(features), 0.999))
 
 
-def seed_agreement(generations: np.ndarray, measure: Measure = PIXELS) -> np.ndarray:
-    """Mean similarity over all pairs of one prompt's generations: uint8 [P, S, H, W, 3] -> [P]."""
-    return measure.pairs(generations).mean(-1)
+def seed_agreement(seen: np.ndarray, measure: Measure = PIXELS) -> np.ndarray:
+    """Mean similarity over all pairs of one prompt's generations, of what the measure has `seen` of them: [P, S, *] -> [P]."""
+    return measure.pairs_seen(seen).mean(-1)
 
 
 def _pairs(features: np.ndarray) -> np.ndarray:

@@ -17,7 +17,7 @@ from memfilter.eval.clip import Clip, is_on_hub
 from memfilter.eval.copies import PIXELS, Measure
 from memfilter.eval.frechet import distances
 from memfilter.eval.generate import batches, generate_batch
-from memfilter.eval.measuring import measured
+from memfilter.eval.measuring import measured, training_pictures
 from memfilter.eval.nearest import nearest as find_nearest
 from memfilter.eval.parts import Parts, fingerprint
 from memfilter.eval.runs import DUPLICATES, FinishedRun, Prompt
@@ -69,7 +69,7 @@ def evaluate_run(
 
     Writes ``evaluation.json`` (figures for each prompt and for each kind of prompts, and of the filter as a classifier)
     and ``evaluation.npz`` (``generations`` uint8 [P, S, H, W, 3] and ``training`` uint8 [P, H, W, 3], 0 where a prompt
-    has none) into the run's directory.
+    has none that can be read) into the run's directory.
 
     Returns:
         What is in ``evaluation.json``.
@@ -108,9 +108,18 @@ def evaluate_run(
         "batch_size": batch_size,
         **run.stamp(),
     }
-    generations = _generations(run, settings, state, progress)  # [P, S, H, W, 3]
-    if frechet == "scorer" and generations.shape[2] != scenes.RESOLUTION:
-        raise ValueError(f"frechet=scorer needs pictures of {scenes.RESOLUTION} px, found {generations.shape[2]} px")
+    generations, pipeline = _made_before(run_dir, settings), None
+    if generations is None:
+        pipeline = load_trained(run_dir)
+        side = settings["size"] or pipeline.unet.config.sample_size * pipeline.vae_scale_factor
+    else:
+        side = generations.shape[2]
+    if frechet == "scorer" and side != scenes.RESOLUTION:
+        raise ValueError(f"frechet=scorer needs pictures of {scenes.RESOLUTION} px, found {side} px")
+    training = training_pictures(run, asked, side) if state.is_main_process else {}
+    if generations is None:
+        generations = _generations(run_dir, settings, pipeline, state, progress)  # [P, S, H, W, 3]
+    del pipeline  # the measure wants its room on the device
     closest = None
     if nearest:
         facts = {"generations": settings, "measure": measure.facts(), "samples": run.experiment.fingerprint()}
@@ -118,12 +127,14 @@ def evaluate_run(
         closest = find_nearest(generations.reshape(-1, *generations.shape[2:]), run, measure, parts, progress)
     if state.is_main_process:
         result = measure.facts() | {"steps": steps, "guidance_scale": guidance_scale} | ({"clip": clip} if clip else {})
-        result |= measured(run, asked, generations, measure, closest, model)
+        result |= measured(run, asked, generations, training, measure, closest, model)
         result["filter"] = _judged(run)
         if frechet:
             extract = {"scorer": scorer_features, "clip": model and model.image_features, "measure": measure.features}
             result["frechet"] = {"features": frechet} | _distances(run, asked, generations, extract[frechet])
-        _write(run_dir, result, generations, _training(run, asked, generations.shape[2]), fingerprint(settings))
+        nothing = np.zeros((side, side, 3), np.uint8)
+        known = np.stack([training.get(i, nothing) for i in range(len(asked))])
+        _write(run_dir, result, generations, known, fingerprint(settings))
     state.wait_for_everyone()
     return json.loads((run_dir / EVALUATION).read_text(encoding="utf-8"))
 
@@ -149,18 +160,23 @@ def require_sensible(
         raise ValueError("frechet=clip needs clip: name a CLIP")
 
 
-def _generations(run: FinishedRun, settings: dict, state, progress: bool) -> np.ndarray:
-    """uint8 [P, S, H, W, 3]: made, or found where they were made before."""
-    prompts, seeds, before = settings["prompts"], settings["seeds"], run.directory / PICTURES
-    if before.is_file():
-        with np.load(before) as found:
+def _made_before(run_dir: Path, settings: dict) -> np.ndarray | None:
+    """uint8 [P, S, H, W, 3], where they were made by the same settings."""
+    if (run_dir / PICTURES).is_file():
+        with np.load(run_dir / PICTURES) as found:
             if "settings" in found and str(found["settings"]) == fingerprint(settings):
                 return found["generations"]
+    return None
 
+
+def _generations(run_dir: Path, settings: dict, pipeline, state, progress: bool) -> np.ndarray:
+    """uint8 [P, S, H, W, 3]; what an interrupted call has made is not made again."""
+    prompts, seeds = settings["prompts"], settings["seeds"]
     jobs = batches(prompts, range(seeds), settings["batch_size"])
     form = {name: settings[name] for name in ("steps", "guidance_scale", "size")}
-    parts = Parts(run.directory / PARTS, "generate", settings, state)
-    pipeline = load_trained(run.directory).to(state.device) if parts.due(len(jobs)) else None
+    parts = Parts(run_dir / PARTS, "generate", settings, state)
+    if parts.due(len(jobs)):
+        pipeline.to(state.device)
 
     def work(number: int) -> dict[str, np.ndarray]:
         return {"pictures": generate_batch(pipeline, jobs[number], **form)}
@@ -182,11 +198,6 @@ def _distances(
 def _judged(run: FinishedRun) -> dict | None:
     audit = run.directory / "audit.parquet"
     return judge(audit, run.summary["samples"]) if audit.is_file() else None
-
-
-def _training(run: FinishedRun, asked: list[Prompt], side: int) -> np.ndarray:
-    nothing = np.zeros((side, side, 3), np.uint8)
-    return np.stack([run.picture(prompt.key, side) if prompt.key else nothing for prompt in asked])
 
 
 def _write(run_dir: Path, result: dict, generations: np.ndarray, training: np.ndarray, settings: str) -> None:

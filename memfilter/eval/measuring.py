@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
+
 import numpy as np
 
 from memfilter.data import scenes
+from memfilter.data.shards import ShardError
 from memfilter.eval.agreement import agreement
 from memfilter.eval.clip import Clip
 from memfilter.eval.copies import PIXELS, Measure, distinct_above, memorized_above, seed_agreement
+from memfilter.eval.results import OWN_LIMIT, QUANTILE
 from memfilter.eval.runs import DISTINCT, DUPLICATES, UNKNOWN, FinishedRun, Prompt
 
 PERCENTILES = (75, 90, 95)
@@ -19,13 +23,23 @@ COPYING = {
 SCENES_CAPTIONS = 60  # of the calibration of a measure that takes its time
 CALIBRATION_PICTURES = 500  # whose pairs say what different pictures have in common, where they are not scenes
 SEED = 20261125  # of which they are
-QUANTILE = "the 99.9% quantile of the same measure over pairs of"
+
+
+def training_pictures(run: FinishedRun, asked: list[Prompt], side: int) -> dict[int, np.ndarray]:
+    """Number of a prompt -> its training picture, uint8 [side, side, 3], for those that have one that can be read."""
+    found = {}
+    for i, prompt in enumerate(asked):
+        with suppress(ShardError):
+            if prompt.key:
+                found[i] = run.picture(prompt.key, side)
+    return found
 
 
 def measured(
     run: FinishedRun,
     asked: list[Prompt],
     generations: np.ndarray,
+    training: dict[int, np.ndarray],
     measure: Measure,
     closest: tuple[np.ndarray, np.ndarray, int] | None = None,
     clip: Clip | None = None,
@@ -34,21 +48,25 @@ def measured(
 
     Args:
         generations: uint8 [P, S, side, side, 3].
+        training: what `training_pictures` has read for them.
         closest: what `nearest` found for all of them, [P S].
 
     Returns:
-        ``memorized_above`` and what that is; ``duplicates``, ``distinct`` and ``unknown``: figures by name, none where
-        there are no prompts of the kind; ``prompts``: what there is of each.
+        ``memorized_above`` and what that is; ``training_unreadable``, how many of the training pictures that were asked for;
+        ``duplicates``, ``distinct`` and ``unknown``: figures by name, none where there are no prompts of the kind;
+        ``prompts``: what there is of each.
     """
     shape, columns = generations.shape[:2], _columns(run, asked, generations, clip)  # [P, S] each
-    limit, basis = None, None
+    side, seen = generations.shape[2], measure.seen(generations)
+    limit, basis, unreadable = None, None, {}
     if closest or any(prompt.key for prompt in asked):
-        limit, basis = _limit(run, measure, generations.shape[2])
+        limit, basis = _limit(run, measure, side)
     if any(prompt.key for prompt in asked):
-        columns = {"similarity": _own_similarity(run, asked, generations, measure)} | columns
+        similarity, missed = _own_similarity(run, asked, seen, training, measure, side)
+        columns, unreadable = {"similarity": similarity} | columns, {"training_unreadable": missed}
     if closest:
-        columns["nearest_similarity"] = closest[0].reshape(shape)
-    together, kinds = seed_agreement(generations, measure), np.array([prompt.kind for prompt in asked])
+        columns["nearest_similarity"], unreadable = closest[0].reshape(shape), {"training_unreadable": closest[2]}
+    together, kinds = seed_agreement(seen, measure), np.array([prompt.kind for prompt in asked])
 
     def figures(chosen: np.ndarray) -> dict[str, float]:
         found = {}
@@ -69,21 +87,25 @@ def measured(
         for row, places in zip(rows, closest[1].reshape(shape).tolist(), strict=True):
             row["nearest_key"] = [run.experiment.keys[place] for place in places]
     by_kind = {kind: figures(kinds == kind) if kind in kinds else {} for kind in (DUPLICATES, DISTINCT, UNKNOWN)}
-    unreadable = {"training_unreadable": closest[2]} if closest else {}
     return {"memorized_above": limit, "memorized_above_is": basis} | unreadable | by_kind | {"prompts": rows}
 
 
-def _own_similarity(run: FinishedRun, asked: list[Prompt], generations: np.ndarray, measure: Measure) -> np.ndarray:
-    """Of every generation to the training picture of its prompt, or the likest of its near copies; NaN without one."""
-    found, side = np.full(generations.shape[:2], np.nan, np.float32), generations.shape[2]
-    keyed = [i for i, prompt in enumerate(asked) if prompt.key]
-    training = np.stack([run.picture(asked[i].key, side) for i in keyed])
-    found[keyed] = measure.similarity(generations[keyed], training[:, None])
-    for i in keyed:
-        for key in asked[i].copies:
-            again = measure.similarity(generations[i], run.picture(key, side)[None])
-            found[i] = np.maximum(found[i], again)
-    return found
+def _own_similarity(
+    run: FinishedRun, asked: list[Prompt], seen: np.ndarray, training: dict[int, np.ndarray], measure: Measure, side: int
+) -> tuple[np.ndarray, int]:
+    """Of every generation to the training picture of its prompt, or the likest of its near copies, [P, S], NaN without one; and
+    how many of these pictures cannot be read."""
+    found, missed = np.full(seen.shape[:2], np.nan, np.float32), 0
+    for i, prompt in enumerate(asked):
+        pictures = [training[i]] if i in training else []
+        for key in prompt.copies:
+            with suppress(ShardError):
+                pictures.append(run.picture(key, side))
+        missed += bool(prompt.key) + len(prompt.copies) - len(pictures)
+        if pictures:
+            known = measure.seen(np.stack(pictures))
+            found[i] = measure.similarity_seen(seen[i][:, None], known[None]).max(1)  # [S, pictures] -> [S]
+    return found, missed
 
 
 def _columns(
@@ -123,4 +145,4 @@ def _limit(run: FinishedRun, measure: Measure, side: int) -> tuple[float, str]:
     if sum(map(len, found)) < 2:
         raise ValueError(f"{run.directory} has fewer than two distinct pictures, by which to say from where on one is "
                          "a copy")  # fmt: skip
-    return distinct_above(np.concatenate(found)), f"{QUANTILE} distinct training pictures"
+    return distinct_above(np.concatenate(found)), OWN_LIMIT

@@ -11,15 +11,15 @@ import jinja2
 import numpy as np
 import pyarrow.parquet as pq
 from markupsafe import Markup
-from PIL import Image
 from plotly.offline import get_plotlyjs
 
 from memfilter.data.shards import printable
 from memfilter.eval.charts import GROUPS, KINDS, as_html, by_timestep, drop_rate_chart, norm_chart
 from memfilter.files import atomic
-from memfilter.pictures import data_url
+from memfilter.pictures import thumbnail
 
 FILES = ("metrics.jsonl", "audit.parquet", "summary.json", "evaluation.json", "evaluation.npz")
+PROMPTS, SIDE = 20, 72  # of each kind in the gallery, and pixels at which it shows a picture
 INERT = {"data.workers", "data.cache_gb", "train.gradient_checkpointing", "train.compile"}  # may differ without changing what is learned
 
 FIGURES = {
@@ -137,12 +137,17 @@ def write_page(out: Path, page: str) -> None:
         partial.write_bytes(page.encode("utf-8", "backslashreplace"))  # JSON may hold halves of characters
 
 
-def limit_in_words(evaluation: dict) -> str | None:
-    """From where on a generation counts as memorized, and what that is; None where nothing could be compared."""
-    if evaluation["memorized_above"] is None:
+def limit_in_words(limits: list[float | None], basis: str | None) -> str | None:
+    """From where on a generation counts as memorized, and what that is; None where nothing could be compared.
+
+    Args:
+        limits: memorized_above of the evaluations, from the lowest to the highest.
+        basis: their memorized_above_is.
+    """
+    if None in limits:
         return None
-    basis = printable(str(evaluation.get("memorized_above_is") or ""))
-    return f"the limit of {evaluation['memorized_above']:.3f}" + (basis and f", {basis}")
+    said = f"the limit of {limits[0]:.3f}" if len(limits) == 1 else f"its run's limit of {limits[0]:.3f} to {limits[-1]:.3f}"
+    return said + (f", {printable(str(basis))}" if basis else "")
 
 
 def _incomparable(off: Run, on: Run) -> list[str]:
@@ -185,7 +190,7 @@ def misfit(prompts: list[dict], generations: np.ndarray, training: np.ndarray) -
 
 def _settings(config: dict) -> dict:
     """All settings that make the samples, the base or the updates what they are, by dotted name."""
-    settings = {f"{section}.{name}": value for section in ("model", "data", "train")
+    settings = {f"{section}.{name}": value for section in ("model", "data", "train", "mitigation")
                 for name, value in config.get(section, {}).items()}  # fmt: skip
     settings["filter.unit"] = config["filter"].get("unit")  # or tau means nothing to the other run
     return {name: value for name, value in settings.items() if name not in INERT}
@@ -206,12 +211,13 @@ def _render(off: Run, on: Run) -> str:
         off=off,
         on=on,
         evaluation=off.evaluation,
-        limit=limit_in_words(off.evaluation),
+        limit=limit_in_words([off.evaluation["memorized_above"]], off.evaluation.get("memorized_above_is")),
         base=off.summary["config"].get("model", {}).get("path"),
         counts=counts,
         seeds=off.generations.shape[1],
         table=_table(off, on, list(counts)),
         gallery=_gallery(off, on, list(counts)),
+        px=SIDE,
         drop_rates=as_html(drop_rate_chart(on.metrics), "drop-rates"),
         norms={name: chart and as_html(chart, f"norms-{name}") for name, chart in norms.items()},
     )
@@ -247,16 +253,19 @@ def _text(value: float | None, form: str) -> str:
 
 
 def _gallery(off: Run, on: Run, kinds: list[str]) -> dict[str, list[dict]]:
-    """What the page shows of each prompt, by kind."""
+    """What the page shows of the first prompts of each kind."""
     limit, rows = off.evaluation["memorized_above"], {kind: [] for kind in kinds}
     for i, prompt in enumerate(off.evaluation["prompts"]):
+        kind = next(kind for kind in kinds if KINDS[kind] is prompt["duplicate"])
+        if len(rows[kind]) == PROMPTS:
+            continue
         sides = []
         for run in (off, on):
             similarities = run.evaluation["prompts"][i].get("similarity") or [None] * len(run.generations[i])
-            sides.append([{"png": data_url(Image.fromarray(picture)), "similarity": _text(similarity, "{:z.2f}"),
+            sides.append([{"png": thumbnail(picture, SIDE), "similarity": _text(similarity, "{:z.2f}"),
                            "memorized": similarity is not None and similarity > limit}
                           for picture, similarity in zip(run.generations[i], similarities, strict=True)])  # fmt: skip
-        kind = next(kind for kind in kinds if KINDS[kind] is prompt["duplicate"])
-        training = data_url(Image.fromarray(off.training[i])) if prompt["key"] else None
+        known = None not in prompt.get("similarity", [None])
+        training = thumbnail(off.training[i], SIDE) if known else None
         rows[kind].append({"prompt": prompt, "training": training, "sides": sides})
     return rows

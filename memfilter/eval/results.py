@@ -12,6 +12,9 @@ import pyarrow.parquet as pq
 from memfilter.files import atomic
 
 RESULTS = "results.csv"
+# memorized_above_is of an evaluation: a quantile, and where every run has its own
+QUANTILE = "the 99.9% quantile of the same measure over pairs of"
+OWN_LIMIT = f"{QUANTILE} distinct training pictures"
 COLUMNS = (
     "method", "setting", "seed", "memorization_rate", "copy_similarity", "agreement_duplicates", "agreement_distinct",
     "seed_agreement", "distinct_dropped", "passes", "time_ratio", "cpu_seconds", "run",

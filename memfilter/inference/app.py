@@ -12,7 +12,7 @@ import plotly.graph_objects as go
 
 from memfilter.data.prompts import require_prompt
 from memfilter.eval.runs import Prompt
-from memfilter.inference.clean import CleanNorms, mean_norm
+from memfilter.inference.clean import CleanNorms, mean_norm, rounded
 from memfilter.inference.detection import Sampling
 from memfilter.inference.generating import Generated, Mitigation, generate_prompt
 from memfilter.inference.models import Model
@@ -175,7 +175,8 @@ def build(studio: Studio) -> gr.Blocks:
     def drop(prompt: str, event: gr.SelectData):
         return without_word(prompt, int(event.index[0] if isinstance(event.index, list | tuple) else event.index))
 
-    with gr.Blocks(title=TITLE, analytics_enabled=False) as page:
+    # every picture that is shown is a file in the temporary directory, where it would stay: once an hour those of an hour ago go
+    with gr.Blocks(title=TITLE, analytics_enabled=False, delete_cache=(3600, 3600)) as page:
         last, seen = gr.State(None), gr.State("")
         gr.Markdown(f"# {TITLE}\nWhether a prompt is memorized, by which words, and what helps.")
         with gr.Row():
@@ -194,7 +195,7 @@ def build(studio: Studio) -> gr.Blocks:
         plot = gr.Plot(show_label=False, elem_id="plot")
         with gr.Row():
             kind = gr.Radio(["prompt embedding", "random tokens"], value="prompt embedding", label="Mitigation", elem_id="kind")
-            target = gr.Number(round(studio.clean.usual, 2), label="Norm to come down to (prompt embedding)", elem_id="target")
+            target = gr.Number(rounded(studio.clean.usual, 3), label="Norm to come down to (prompt embedding)", elem_id="target")
             tokens = gr.Slider(1, 8, value=4, step=1, label="Random tokens")
             try_it = gr.Button("Mitigate", elem_id="mitigate")
         shown = [last, seen, pictures, verdict, plot, words, mitigated, told, instead]

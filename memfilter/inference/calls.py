@@ -15,6 +15,9 @@ from torch import Tensor, nn
 from memfilter.functional import noise_factor, text_norm
 
 Timestep = Tensor | float | int
+# a smaller factor tells nothing of the noise: at zero terminal SNR Euler, DPM++ and UniPC put 2**-24 for an abar of 0, which
+# makes 2.4e-4 and a norm of next to nothing, whatever the prompt; Stable Diffusion's own schedule ends at 0.07
+READABLE = 1e-3
 
 
 class UnguidedError(ValueError):
@@ -70,6 +73,18 @@ class Call:
         pred = self.cond_pred if cond_pred is None else cond_pred
         return text_norm(pred, self.null_pred) * readable_factor(scheduler, self.timestep)
 
+    def predicted_x0(self, scheduler, guidance_scale: float) -> Tensor:
+        """The clean latents that the guided prediction speaks of, [B, C, H, W] (the paper's Eq. 3)."""
+        guided = self.null_pred + guidance_scale * (self.cond_pred - self.null_pred)
+        kind = scheduler.config.prediction_type
+        if kind == "sample":
+            return guided
+        abar = abar_at(scheduler, self.timestep)
+        signal, noise = abar**0.5, (1 - abar) ** 0.5
+        if kind == "v_prediction":
+            return signal * self.sample - noise * guided
+        return (self.sample - noise * guided) / signal
+
     def cond_again(self, unet: nn.Module, prompt_embeds: Tensor | None = None) -> Tensor:
         """The prediction for the prompt, [B, C, H, W], made again, perhaps with other embeddings of it."""
         kwargs = self.cond | {"return_dict": False}
@@ -88,28 +103,39 @@ def _half(tree, which: int, size: int):
 
 
 def factor_at(scheduler, timestep) -> float:
-    """`noise_factor` of a scheduler's model at a timestep, which may lie between two that it was trained on.
+    """`noise_factor` of a scheduler's model at a timestep.
 
     Raises:
-        ValueError: the scheduler has no alphas_cumprod or its prediction type is unknown.
+        ValueError: the prediction type is unknown, or as `abar_at` where that is needed.
     """
     kind = scheduler.config.prediction_type
-    if kind == "epsilon":
-        return 1.0
+    return 1.0 if kind == "epsilon" else float(noise_factor(kind, torch.tensor(abar_at(scheduler, timestep))))
+
+
+def abar_at(scheduler, timestep) -> float:
+    """alphabar at a timestep, which may lie between two that the model was trained on.
+
+    Raises:
+        ValueError: the scheduler has no alphas_cumprod, or its timesteps are logarithms of sigma.
+    """
+    if scheduler.config.get("timestep_type") == "continuous":
+        raise ValueError(f"{type(scheduler).__name__} with timestep_type=continuous does not say at which timestep of the model's "
+                         "it is: use timestep_type=discrete")  # fmt: skip
     if not hasattr(scheduler, "alphas_cumprod"):
-        raise ValueError(f"{type(scheduler).__name__} has no alphas_cumprod, from which the norm in noise space is had")
+        raise ValueError(f"{type(scheduler).__name__} has no alphas_cumprod, which say how much noise there is at a timestep")
     abar, t = scheduler.alphas_cumprod.double().cpu().numpy(), float(torch.as_tensor(timestep).flatten()[0])
     between = abar[int(t)]
     if t != int(t):  # as samplers that go by sigma do
         steps, sigmas = np.arange(len(abar)), np.sqrt((1 - abar) / np.maximum(abar, np.finfo(abar.dtype).tiny))
         between = 1 / (1 + np.interp(t, steps, sigmas) ** 2)
-    return float(noise_factor(kind, torch.tensor(between)))
+    return float(between)
 
 
 def readable_factor(scheduler, timestep) -> float:
     """`factor_at` without its sign, by which the l2 norm of a difference becomes one in noise space; NaN where that is not to
     be had, at zero terminal SNR."""
-    return abs(factor_at(scheduler, timestep)) or math.nan
+    factor = abs(factor_at(scheduler, timestep))
+    return factor if factor >= READABLE else math.nan
 
 
 def first_readable(scheduler, steps: int) -> int:

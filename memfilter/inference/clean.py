@@ -12,7 +12,12 @@ import numpy as np
 
 from memfilter.files import atomic
 
-FORMAT, DIGITS = "memfilter clean norms 1", 6  # after the point
+FORMAT = "memfilter clean norms 1"
+
+
+def rounded(value: float, digits: int = 7) -> float:
+    """To significant digits, by default as many as fp32 holds: small norms keep as many as large ones."""
+    return float(f"{value:.{digits}g}")
 
 
 def mean_norm(norms: np.ndarray, steps: int | None = None, seeds: int | None = None) -> np.ndarray:
@@ -60,13 +65,13 @@ class CleanNorms:
     cosines: np.ndarray | None = None
 
     def __post_init__(self):
-        self.norms = np.round(np.asarray(self.norms, dtype=float), DIGITS)
+        self.norms = _all_rounded(self.norms)
         readable = ~np.isnan(self.norms).all((0, 1))  # [steps]
         if not readable.any():
             raise ValueError("none of the clean prompts' norms can be read")
         _require_finite("norm", self.norms[..., readable])
         if self.cosines is not None:
-            self.cosines = np.round(np.asarray(self.cosines, dtype=float), DIGITS)
+            self.cosines = _all_rounded(self.cosines)
             _require_finite("cosine", self.cosines)
 
     @property
@@ -174,6 +179,10 @@ class CleanNorms:
             return cls(norms, timesteps, about, cosines)
         except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
             raise ValueError(f"{path}: no norms of clean prompts ({' '.join(str(error).split())})") from error
+
+
+def _all_rounded(values: np.ndarray) -> np.ndarray:
+    return np.vectorize(rounded, otypes=[float])(np.asarray(values, dtype=float))
 
 
 def _require_finite(what: str, values: np.ndarray) -> None:

@@ -116,7 +116,7 @@ def explain(
 ) -> None:
     """Show which words of a prompt its strong answer hangs on.
 
-    The significance score is the gradient of the norm with respect to a token's embedding, its length, mean over seeds and
+    The significance score is the length of the norm's gradient with respect to a token's embedding, averaged over seeds and
     steps (Wen et al., section 4.1); a word has the largest of its tokens'. Prints the prompt with its words coloured by score,
     and a bar for each.
 
@@ -188,7 +188,7 @@ def generate(
         when: whether only for prompts that are detected as memorized by their first step, or always.
         target: norm to come down to, for prompt; by default the median of clean prompts.
         tokens: so many, for rta.
-        clean: prompts that are certainly not memorized or their norms, as `memfilter detect` takes and leaves them; asked for
+        clean: prompts that are certainly not memorized or their norms, as `memfilter detect` takes and leaves them; needed for
             detection, and for a target that is not given. By default, for models of clipart scenes, captions of new scenes.
         false_positive_rate: of the detection.
         steps: of the sampler.
@@ -215,9 +215,10 @@ def generate(
     threshold = None
     if mitigation != "none" and (when == "detected" or (mitigation == "prompt" and target is None)):
         first = sampling.first_readable(chosen.pipeline)
-        ground = chosen.clean_norms(Path(clean) if clean else None, sampling, place / "clean.json", rate=false_positive_rate,
-                                    until=first, batch_size=batch_size)  # fmt: skip
-        threshold = ground.threshold(false_positive_rate, first, seeds) if when == "detected" else None
+        rate = false_positive_rate if when == "detected" else None
+        ground = chosen.clean_norms(Path(clean) if clean else None, sampling, place / "clean.json", rate=rate, until=first,
+                                    batch_size=batch_size)  # fmt: skip
+        threshold = None if rate is None else ground.threshold(rate, first, seeds)
         target = ground.usual if target is None else target
     changed = write_pictures(chosen, texts, sampling, Mitigation(mitigation, threshold, target, tokens), place, batch_size)
     if chosen.state.is_main_process:

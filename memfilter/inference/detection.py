@@ -16,7 +16,7 @@ from memfilter.eval.generate import Job, arguments_of, generate_batch
 from memfilter.eval.parts import Parts, fingerprint
 from memfilter.inference.calls import NotFiniteError, first_calls, first_readable
 from memfilter.inference.clean import CleanNorms, mean_norm
-from memfilter.inference.rivals import RIVALS, anisotropy, density, distances, own_loss, tiled_distance
+from memfilter.inference.rivals import RIVALS, anisotropy, decoded, density, distances, own_loss, tiled_distance
 from memfilter.inference.watching import watch
 from memfilter.pipelines import weights_digest
 
@@ -137,7 +137,8 @@ def measure_prompts(
             sign turned.
         measure: for ``density_copies``.
         batch_size: pictures at a time.
-        until: so many steps are made and no picture: it costs less, and no rival can be had.
+        until: so many steps are made and no more, which costs less; rivals then go by the picture that the last of them
+            predicts (section 3.3 of the paper), and ``anisotropy`` by its cosine.
         parts: where results are kept, for several processes and for going on after an interruption.
         progress: whether to show a bar.
 
@@ -145,8 +146,6 @@ def measure_prompts(
         ValueError: an unknown rival, guidance is off, or a norm is not finite; names prompt and seed.
     """
     require_rivals(rivals, sampling.seeds)
-    if until is not None and rivals:
-        raise ValueError("rivals need whole generations: leave until out")
     if batch_size < 1 or until is not None and not 1 <= until <= sampling.steps:
         raise ValueError(f"batch_size must be at least 1 and until among 1 ... {sampling.steps}, found {batch_size} and {until}")
     count = max(1, batch_size // sampling.seeds)  # prompts at a time, with all their seeds
@@ -183,15 +182,18 @@ def require_rivals(rivals: Sequence[str], seeds: int) -> None:
 
 def _measure_batch(pipeline, batch: list[Job], sampling: Sampling, rivals: Sequence[str], until: int | None) -> dict:
     form = (sampling.steps, sampling.guidance_scale, sampling.size)
+    looked_at = {"density_l2", "density_copies", "loss"} & {*rivals}
     with named(batch), watch(pipeline, cosine="anisotropy" in rivals) as seen:
         if until is None:
             pictures = generate_batch(pipeline, batch, *form)
         else:
-            first_calls(pipeline, until, **arguments_of(batch, *form))
+            last = first_calls(pipeline, until, **arguments_of(batch, *form))[-1]
+            if looked_at:
+                pictures = decoded(pipeline, last.predicted_x0(pipeline.scheduler, sampling.guidance_scale))
         found = {"norms": seen.norms.numpy(), "timesteps": seen.timesteps.numpy()}
     if "anisotropy" in rivals:
         found["anisotropy"] = seen.cosines.numpy()
-    if {"density_l2", "density_copies"} & {*rivals}:
+    if looked_at - {"loss"}:
         found["pictures"] = pictures
     if "loss" in rivals:
         found["loss"] = own_loss(pipeline, batch, pictures, form)

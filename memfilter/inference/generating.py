@@ -17,6 +17,7 @@ from PIL import Image
 from memfilter.eval.generate import Job, arguments_of, unchecked
 from memfilter.files import atomic
 from memfilter.inference.calls import Call, first_calls, require_finite
+from memfilter.inference.clean import rounded
 from memfilter.inference.detection import Sampling, jobs_of, named
 from memfilter.inference.mitigation import add_random_tokens, adjusted_call
 from memfilter.inference.models import Model
@@ -165,6 +166,6 @@ def _rows(number: int, prompt: str, made: dict[str, np.ndarray], kind: str) -> l
         iterations = int(made["iterations"][seed])
         rows.append({"file": _name(number, seed), "prompt": prompt, "seed": seed,
                      "mitigation": kind if iterations or shown != prompt else "none", "shown": shown, "iterations": iterations,
-                     "first_norm": round(float(made["first_norms"][seed]), 4),
-                     "norms": [None if math.isnan(norm) else round(float(norm), 4) for norm in made["norms"][seed]]})  # fmt: skip
+                     "first_norm": rounded(made["first_norms"][seed], 6),
+                     "norms": [None if math.isnan(norm) else rounded(norm, 6) for norm in made["norms"][seed]]})  # fmt: skip
     return rows

@@ -49,6 +49,15 @@ def anisotropy(norm: np.ndarray, cosine: np.ndarray, spread: tuple[float, float]
     return norm / spread[0] + cosine / spread[1]
 
 
+@torch.no_grad()
+def decoded(pipeline, latents: torch.Tensor) -> np.ndarray:
+    """Pictures of latents, scaled as the denoiser has them: [B, C, h, w] -> uint8 [B, H, W, 3]."""
+    vae = pipeline.vae
+    latents = latents / vae.config.scaling_factor + (vae.config.shift_factor or 0)
+    made = vae.decode(latents.to(vae.dtype), return_dict=False)[0]
+    return np.round(pipeline.image_processor.postprocess(made, output_type="np") * 255).astype(np.uint8)
+
+
 def fresh_generator(job: Job, place: int) -> torch.Generator:
     """Of noise that the job's picture was not made from, another at every place."""
     seed = np.random.SeedSequence([job.number, job.seed, place]).generate_state(1, np.uint64)[0]

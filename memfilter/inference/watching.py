@@ -102,8 +102,9 @@ def watch(
         seen.metric(10)      # the paper's, of the first ten steps
 
     The predictions with and without prompt, which classifier-free guidance makes, are those whose difference is
-    measured; a negative prompt takes the place of the empty one there. Any scheduler of diffusers will do. A second-order
-    one calls the denoiser more often than once a step; each call counts as a step here.
+    measured; a negative prompt takes the place of the empty one there. Any scheduler of diffusers will do (where v is predicted,
+    but Euler's with timestep_type=continuous). A second-order one calls the denoiser more often than once a step; each call
+    counts as a step here.
 
     Args:
         pipeline: StableDiffusionPipeline, StableDiffusionXLPipeline, or one with ``unet`` and

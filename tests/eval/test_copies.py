@@ -2,6 +2,7 @@ import numpy as np
 import pytest
 
 from memfilter.data import scenes
+from memfilter.eval import copies
 from memfilter.eval.copies import PIXELS, copy_similarity, distinct_above, memorized_above, seed_agreement
 
 
@@ -58,6 +59,14 @@ def test_large_pictures_are_averaged_down_before_they_are_compared():
     assert PIXELS.features(a).shape == (2, 64 * 64 * 3)
     assert PIXELS.features(noise(1, 64, 128, 3)).shape == (1, 32 * 64 * 3)
     assert PIXELS.pairs(a) == pytest.approx(copy_similarity(small[0][:1], small[0][1:]), abs=1e-5)
+
+
+def test_pictures_that_are_averaged_down_in_slices_are_the_same(monkeypatch):
+    pictures = noise(2, 5, 96, 96, 3)
+    whole = PIXELS.seen(pictures)
+    monkeypatch.setattr(copies, "SLICE", 3)
+    assert np.array_equal(PIXELS.seen(pictures), whole) and whole.shape == (2, 5, 64, 64, 3)
+    assert np.array_equal(PIXELS.similarity_seen(whole[:, 0], whole[:, 1]), PIXELS.similarity(pictures[:, 0], pictures[:, 1]))
 
 
 def test_limit_of_distinct_pictures_is_the_quantile_of_all_their_pairs():

@@ -18,13 +18,13 @@ from PIL import Image
 from scipy.stats import scoreatpercentile
 
 from memfilter.cli import main
-from memfilter.data.shards import Shards
+from memfilter.data.shards import ShardError, Shards
 from memfilter.eval import evaluate
 from memfilter.eval import nearest as nearest_module
 from memfilter.eval.copies import PIXELS, PixelCorrelation, copy_similarity
 from memfilter.eval.evaluate import evaluate_run
 from memfilter.eval.generate import generate
-from memfilter.eval.measuring import measured
+from memfilter.eval.measuring import measured, training_pictures
 from memfilter.eval.parts import Parts
 from memfilter.eval.runs import FinishedRun, Prompt
 from memfilter.eval.sscd import Sscd
@@ -124,19 +124,34 @@ def test_nearest_training_pictures_are_those_that_brute_force_finds(evaluated, s
     assert result["training_unreadable"] == 0
 
 
-def test_blocks_and_unreadable_pictures_change_nothing_for_the_others(folder_copy, evaluated, monkeypatch, tmp_path):
+@pytest.fixture
+def own_folder(folder_copy, tmp_path):
+    """The pictures of `folder_copy`, which a test may spoil."""
     folder = shutil.copytree(FinishedRun(folder_copy).config.data.path, tmp_path / "folder")
     summary = json.loads((folder_copy / "summary.json").read_text())
     summary["config"]["data"]["path"] = str(folder)
     (folder_copy / "summary.json").write_text(json.dumps(summary))
+    return folder
+
+
+def test_prompt_whose_training_picture_cannot_be_read_is_without_similarity(folder_copy, own_folder):
+    whole = evaluate_run(folder_copy, **SHORT)
+    (own_folder / "01.png").write_bytes(b"no picture")
+    again = evaluate_run(folder_copy, **SHORT)
+    assert (whole["training_unreadable"], again["training_unreadable"]) == (0, 1)
+    similarity = [prompt["similarity"] for prompt in again["prompts"]]
+    assert similarity[1] == [None, None]
+    assert [similarity[i] for i in (0, 2)] == [whole["prompts"][i]["similarity"] for i in (0, 2)]
+    assert again["unknown"]["copy_similarity"] == pytest.approx(np.mean([similarity[0], similarity[2]]))
+    with np.load(folder_copy / "evaluation.npz") as pictures:
+        assert pictures["training"].any((1, 2, 3)).tolist() == [True, False, True]
+
+
+def test_blocks_and_unreadable_pictures_change_nothing_for_the_others(folder_copy, own_folder, monkeypatch):
     whole = evaluate_run(folder_copy, nearest=True, **SHORT)
     least = whole["prompts"][0]["nearest_key"][0]
-    (folder / f"{least}.png").write_bytes(b"no picture")
+    (own_folder / f"{least}.png").write_bytes(b"no picture")
     monkeypatch.setattr(nearest_module, "BLOCK", 5)
-    if least in [prompt["key"] for prompt in whole["prompts"]]:  # its own picture would be missed
-        with pytest.raises(ValueError, match=f"sample '{least}'"):
-            evaluate_run(folder_copy, nearest=True, **SHORT)
-        return
     again = evaluate_run(folder_copy, nearest=True, **SHORT)
     assert again["training_unreadable"] == 1
     for before, after in zip(whole["prompts"], again["prompts"], strict=True):
@@ -183,10 +198,11 @@ def test_agreement_is_judged_by_the_scene_of_the_key_only_where_the_prompt_is_it
     run = FinishedRun(scenes_run)
     asked = run.prompts(1)
     made = np.stack([[run.picture(prompt.key, 32)] * 2 for prompt in asked])  # what they ask for: [5, 2, 32, 32, 3]
-    found = measured(run, asked, made, Quick())
+    known = training_pictures(run, asked, 32)
+    found = measured(run, asked, made, known, Quick())
     assert found["duplicates"]["agreement"] > 0.8 and found["distinct"]["agreement"] > 0.5
     for other in ("a cat", asked[1].text):
-        found = measured(run, [replace(asked[0], text=other), *asked[1:]], made, Quick())
+        found = measured(run, [replace(asked[0], text=other), *asked[1:]], made, known, Quick())
         assert not any("agreement" in figures for figures in (found["duplicates"], found["distinct"], *found["prompts"]))
 
 
@@ -229,8 +245,9 @@ def test_prompts_that_cannot_be_used_are_named_in_one_line(scenes_run, tmp_path,
         (["--measure=wen"], "measure wen needs sscd"),
     ],
 )
-def test_what_is_asked_for_and_not_there_is_named_in_one_line(scenes_copy, capsys, arguments, message):
+def test_what_is_asked_for_and_not_there_is_named_in_one_line_before_pictures_are_made(scenes_copy, capsys, arguments, message):
     assert message in error_of(capsys, scenes_copy, *arguments)
+    assert not (scenes_copy / "evaluation.parts").exists()
 
 
 def test_run_on_a_stream_takes_prompts_of_a_file_only(scenes_copy, tmp_path, capsys):
@@ -283,7 +300,11 @@ def test_dcr_looks_for_the_nearest_by_the_users_network_and_writes_down_its_sum(
     assert "nearest_similarity_above_0.5" in capsys.readouterr().out
 
 
-def test_likest_of_near_copies_counts(scenes_copy):
+def unreadable():
+    raise ShardError("it cannot be read")
+
+
+def test_likest_of_near_copies_counts(scenes_copy, monkeypatch):
     run = FinishedRun(scenes_copy)
     alone, together = run.prompts(0), run.prompts(0, near_copies=2)
     assert together == [replace(alone[i], copies=(alone[i + 1].key,)) for i in (0, 2)]
@@ -293,6 +314,11 @@ def test_likest_of_near_copies_counts(scenes_copy):
         generations = pictures["generations"]
     own, other = (PIXELS.similarity(generations[0], run.picture(alone[i].key, 16)[None]) for i in (0, 1))
     assert result["prompts"][0]["similarity"] == pytest.approx(np.maximum(own, other), abs=1e-6)
+    gone = [replace(together[0], copies=(alone[1].key, "gone")), *together[1:]]
+    picture = FinishedRun.picture
+    monkeypatch.setattr(FinishedRun, "picture", lambda run, key, side: picture(run, key, side) if key != "gone" else unreadable())
+    found = measured(run, gone, generations[:2], training_pictures(run, gone, 16), Quick())
+    assert found["training_unreadable"] == 1 and found["prompts"][0]["similarity"] == result["prompts"][0]["similarity"]
 
 
 def evaluate_with(run, seconds: float = 0) -> None:

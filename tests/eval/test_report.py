@@ -2,15 +2,19 @@
 
 import html
 import json
+from base64 import b64decode
+from io import BytesIO
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from pages import Page, browse, needs_chromium
+from PIL import Image
 
 from memfilter.eval.charts import by_timestep, norm_chart
-from memfilter.eval.report import ReportError, Run, write_report
+from memfilter.eval import report
+from memfilter.eval.report import SIDE, ReportError, Run, write_report
 
 SEEDS, SAMPLES = 4, 400
 PROMPTS = [
@@ -117,6 +121,29 @@ def test_gallery_shows_duplicates_first_and_marks_copies_with_words(page):
     marked = [element for element in page.all("div") if "copy" in element["attrs"].get("class", "").split()]
     assert len(marked) == 5  # 4 without the filter, 1 with it
     assert sum("a copy" in image["attrs"]["alt"] for image in page.all("img")) == 5
+
+
+def test_gallery_shows_the_first_prompts_of_each_kind_no_larger_than_a_screen_does(runs, tmp_path, monkeypatch):
+    monkeypatch.setattr(report, "PROMPTS", 1)
+    for run in runs:
+        with np.load(run / "evaluation.npz") as pictures:
+            larger = {name: pictures[name].repeat(16, -3).repeat(16, -2) for name in pictures}  # 512 px
+        np.savez(run / "evaluation.npz", **larger)
+    write_report(*runs, tmp_path / "report.html")
+    page = Page(tmp_path / "report.html")
+    assert [row[0] for row in page.rows if len(row) == 1] == ["Duplicates: the first 1 of 2", "Distinct"]
+    shown = [row[0] for row in page.rows if len(row) == 2 + 2 * SEEDS]
+    assert shown == [PROMPTS[i]["caption"] + PROMPTS[i]["key"] for i in (1, 0)]
+    for image in page.all("img"):
+        picture = Image.open(BytesIO(b64decode(image["attrs"]["src"].split(",")[1])))
+        assert picture.size == (2 * SIDE, 2 * SIDE) and image["attrs"]["width"] == str(SIDE)
+
+
+def test_prompt_whose_training_picture_could_not_be_read_is_shown_without(runs, tmp_path):
+    ask(runs, lambda i, prompt: i == 1 and prompt.update(similarity=[None] * SEEDS))
+    write_report(*runs, tmp_path / "report.html")
+    (row,) = [r for r in Page(tmp_path / "report.html").rows if r and r[0] == PROMPTS[1]["caption"] + PROMPTS[1]["key"]]
+    assert row[1:] == ["–"] * (1 + 2 * SEEDS)
 
 
 def test_limit_and_agreement_are_explained_by_what_the_evaluations_say(runs, tmp_path):
@@ -232,6 +259,12 @@ def test_what_cannot_be_compared_is_named_all_at_once_and_the_old_page_stays(run
     assert len(lines) == 3
     assert "train.seed" in lines[0] and "0 and 7" in lines[0] and "steps" in lines[1] and "prompts" in lines[2]
     assert out.read_text() == "old" and not list(tmp_path.glob(".report*"))
+
+
+def test_runs_under_different_mitigations_are_refused(runs, tmp_path):
+    _edit(runs[1] / "summary.json", lambda s: s["config"].update(mitigation={"random_tokens": 4}))
+    with pytest.raises(ReportError, match="mitigation.random_tokens must be the same in .*, found None and 4"):
+        write_report(*runs, tmp_path / "report.html")
 
 
 def test_runs_in_the_wrong_order_are_refused(runs, tmp_path):

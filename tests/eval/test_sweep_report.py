@@ -19,6 +19,7 @@ from scipy import stats
 
 from memfilter.cli import main
 from memfilter.eval.report import ReportError
+from memfilter.eval.results import OWN_LIMIT
 from memfilter.eval.sweep_report import CHARTS, PROMPTS, SHOTS, SIDE, charts, data, drawing, gallery, write_sweep_report
 
 COLUMNS = ["method", "setting", "seed", *data.FIGURES, "run"]
@@ -170,6 +171,7 @@ def test_setting_that_stands_for_a_method_memorizes_least_of_those_that_agree_ne
     chosen = data.representatives(read(made))
     # evidence: the second memorizes less, at an agreement 36% lower; of tau none agrees well enough, 10 drops least
     assert (chosen["evidence"], chosen["tau"]) == (HOSTILE[0], "10")
+    assert "Agreement is not known" not in (made / "report.html").read_text(encoding="utf-8")
 
 
 def test_setting_that_drops_more_than_a_fifth_stands_for_its_method_only_where_there_is_no_other(tmp_path):
@@ -180,6 +182,20 @@ def test_setting_that_drops_more_than_a_fifth_stands_for_its_method_only_where_t
     assert data.representatives(results)["tau"] == "5"
     results.loc[results["setting"] == "5", "distinct_dropped"] = 0.7
     assert data.representatives(results)["tau"] == "3"
+
+
+def test_setting_is_chosen_without_agreement_where_none_is_known_and_the_page_says_so(tmp_path):
+    points = {("none", ""): ([0.5] * 2, [""] * 2), ("tau", "3"): ([0.1] * 2, [""] * 2), ("tau", "5"): ([0.3] * 2, [""] * 2)}
+    rows = rows_of(points)
+    for row in rows:
+        row["distinct_dropped"] = {"3": 0.15, "5": 0.02}.get(row["setting"], 0.0)
+    for row in rows:
+        row["run"] = str(tmp_path / "runs" / f"{row['method']}{row['setting']}{row['seed']}")
+        write_run(tmp_path / "runs" / row["run"], row["seed"], row["method"] == "tau", None)
+    sweep = write_results(tmp_path / "some", rows)
+    assert data.representatives(read(sweep)) == {"none": "", "tau": "3"}
+    write_sweep_report(sweep)
+    assert "Agreement is not known of every setting here" in (sweep / "report.html").read_text(encoding="utf-8")
 
 
 def test_tradeoff_holds_the_means_of_both_groups_side_by_side(made):
@@ -309,6 +325,36 @@ def test_agreement_by_the_scorer_and_by_clip_are_not_averaged(tmp_path):
         data.common_evaluation(results)
 
 
+@pytest.mark.parametrize("basis", [OWN_LIMIT, "the usual one of the measure"])
+def test_limit_may_differ_between_seeds_only_where_it_is_of_their_own_data(tmp_path, basis):
+    limits = {1: 0.25, 2: 0.5, 3: 0.75}
+    results = write_runs(tmp_path, lambda row, e: e.update(memorized_above=limits[row["seed"]], memorized_above_is=basis))
+    if basis != OWN_LIMIT:
+        with pytest.raises(ReportError, match=r"memorized_above must be the same in all runs, found 0.25 in .* and 0.5 in"):
+            data.common_evaluation(results)
+        return
+    write_sweep_report(tmp_path)
+    page = Page(tmp_path / "report.html")
+    told = " ".join(element["text"] for element in page.all("p")).replace("\n", " ")
+    assert f"exceeds its run's limit of 0.250 to 0.750, {OWN_LIMIT}. " in told
+    asked = json.loads((tmp_path / "runs" / "0" / "evaluation.json").read_text())["prompts"]  # of seed 1, which is shown
+    duplicates = [prompt for prompt in asked if prompt["duplicate"]][:PROMPTS]
+    copies = sum(similarity > 0.25 for prompt in duplicates for similarity in prompt["similarity"][:SHOTS])
+    framed = [e for e in page.all("div") if "copy" in e["attrs"].get("class", "").split()]
+    assert len(framed) == 2 * copies  # of none and tau
+    path = tmp_path / "runs" / "3" / "evaluation.json"
+    path.write_text(path.read_text().replace('"memorized_above": 0.25', '"memorized_above": 0.26'))
+    with pytest.raises(ReportError, match=r"in all runs of a seed, found 0.25 in .*runs/0 and 0.26 in .*runs/3"):
+        data.common_evaluation(results)
+
+
+def test_duplicate_whose_training_picture_could_not_be_read_is_not_in_the_gallery(tmp_path):
+    write_runs(tmp_path, lambda row, evaluation: evaluation["prompts"][0].update(similarity=[None] * 5))
+    write_sweep_report(tmp_path)
+    shown = [element["text"] for element in Page(tmp_path / "report.html").all("bdi")]
+    assert HOSTILE[1] in shown and HOSTILE[0] not in shown
+
+
 @pytest.mark.parametrize("keys", ["none", "some"])
 def test_sweep_over_prompts_of_a_file_is_reported(tmp_path, keys):
     def forget(row, evaluation):
@@ -429,7 +475,7 @@ def test_large_pictures_are_made_small(made):
     _, prompts = data.read_gallery(run, PROMPTS)
     for prompt in prompts:
         prompt.training = prompt.training.repeat(32, 0).repeat(32, 1)  # 512 px
-    shown = gallery(prompts, {"none": ""}, {"memorized_above": 0.9})
+    shown = gallery(prompts, {"none": ""})
     sizes = [Image.open(BytesIO(b64decode(row["training"].split(",")[1]))).size for row in shown]
     assert sizes == [(4 * SIDE, 4 * SIDE)] * PROMPTS
 

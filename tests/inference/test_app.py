@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 from contextlib import contextmanager
+from types import SimpleNamespace
 
 import launching
 import numpy as np
@@ -17,7 +18,7 @@ import pytest
 from memfilter.arguments import parse
 from memfilter.cli import main
 from memfilter.inference import Sampling
-from memfilter.inference.app import Studio, pieces, without_word
+from memfilter.inference.app import Studio, build, pieces, without_word
 from memfilter.inference.models import Model
 from memfilter.inference.significance import Word
 from memfilter.train.loop import train
@@ -169,6 +170,14 @@ def test_port_that_is_taken_is_named(tmp_path, capsys, monkeypatch):
         held.listen()
         assert main([*settings, f"--port={held.getsockname()[1]}"]) == 1
         assert f"127.0.0.1:{held.getsockname()[1]} cannot be listened at" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("usual", "shown"), [(12.3456, 12.3), (0.00123456, 0.00123)])
+def test_page_offers_the_usual_norm_and_keeps_no_picture_for_good(usual, shown):
+    page = build(SimpleNamespace(examples=[], clean=SimpleNamespace(usual=usual)))
+    (target,) = (block for block in page.blocks.values() if block.elem_id == "target")
+    assert target.value == shown
+    assert page.delete_cache == (3600, 3600)
 
 
 def test_words_and_spaces_and_what_is_left_without_one():

@@ -246,6 +246,12 @@ def test_mitigation_is_for_prompts_that_are_detected(directory, clean_file, tmp_
     assert kinds == ["none", "none"]
 
 
+def test_mitigation_of_every_prompt_needs_no_false_positive_rate(directory, clean_file, tmp_path):
+    always = ["--prompt=a red dog", "--mitigation=prompt", "--when=always", f"--clean={clean_file}"]  # 19, too few for 1%
+    assert main(generate(directory, tmp_path / "out", *always)) == 0
+    assert len(CleanNorms.load(tmp_path / "out" / "clean.json").norms) == 19
+
+
 def test_generate_asks_for_one_kind_of_prompts(directory, tmp_path, capsys):
     for more in ([], ["--prompt=a", "--prompts=b.txt"]):
         assert main(generate(directory, tmp_path / "out", *more)) == 1

@@ -50,8 +50,22 @@ def test_breaking_off_reads_the_same_norms(pipeline):
     whole = measure_prompts(pipeline, PROMPTS, SAMPLING, progress=False)
     short = measure_prompts(pipeline, PROMPTS, SAMPLING, until=2, progress=False)
     np.testing.assert_allclose(short.norms, whole.norms[..., :2], rtol=1e-5)
-    with pytest.raises(ValueError, match="need whole generations"):
-        measure_prompts(pipeline, PROMPTS, SAMPLING, until=2, rivals=("loss",))
+
+
+def test_broken_off_it_goes_by_the_picture_that_the_last_step_predicts(pipeline):
+    jobs = [Job(0, PROMPTS[0], seed) for seed in range(2)]
+    call = first_calls(pipeline, 2, **arguments_of(jobs, *FORM))[-1]
+    guided = call.null_pred + 5.0 * (call.cond_pred - call.null_pred)
+    expected = pipeline.scheduler.step(guided, call.timestep, call.sample).pred_original_sample
+    torch.testing.assert_close(call.predicted_x0(pipeline.scheduler, 5.0), expected, rtol=1e-4, atol=1e-4)
+    # DDIM's last step gives what it predicts
+    whole = measure_prompts(pipeline, PROMPTS, SAMPLING, rivals=RIVALS, progress=False)
+    found = measure_prompts(pipeline, PROMPTS, SAMPLING, rivals=RIVALS, until=SAMPLING.steps, progress=False)
+    for name in RIVALS:
+        np.testing.assert_allclose(found.rival(name, clean=ground(whole)), whole.rival(name, clean=ground(whole)), rtol=1e-2,
+                                   atol=1e-3, err_msg=name)  # fmt: skip
+    early = measure_prompts(pipeline, PROMPTS, SAMPLING, rivals=("density_l2",), until=1, progress=False)
+    assert np.abs(early.rival("density_l2") - whole.rival("density_l2")).max() > 1e-3
 
 
 def test_fewer_seeds_are_those_of_a_shorter_measurement(sd1):
@@ -208,6 +222,8 @@ def test_file_holds_all_of_it_and_other_files_are_refused(tmp_path):
     measured = CleanNorms(ground.norms.astype(np.float32), ground.timesteps, ground.about)
     assert (measured.threshold(0.01), measured.usual) == (again.threshold(0.01), again.usual)
     assert again.about == ground.about and not np.isnan(again.metric()).any()
+    small = CleanNorms(ground.norms * 1e-7, ground.timesteps, ground.about)
+    np.testing.assert_allclose(small.norms, ground.norms * 1e-7, rtol=1e-6)
     again.require({"steps": 5})
     with pytest.raises(ValueError, match="steps 5 and 50"):
         again.require({"steps": 50})

@@ -9,14 +9,16 @@ import torch
 from diffusers import (
     DDIMScheduler,
     DPMSolverMultistepScheduler,
+    EulerAncestralDiscreteScheduler,
     EulerDiscreteScheduler,
     HeunDiscreteScheduler,
     LMSDiscreteScheduler,
     PNDMScheduler,
+    UniPCMultistepScheduler,
 )
 
 from memfilter.inference import MemorizationDetected, watch
-from memfilter.inference.calls import NotFiniteError, UnguidedError, factor_at, first_calls
+from memfilter.inference.calls import NotFiniteError, UnguidedError, factor_at, first_calls, first_readable, readable_factor
 
 SCHEDULERS = (DDIMScheduler, DPMSolverMultistepScheduler, EulerDiscreteScheduler, PNDMScheduler, LMSDiscreteScheduler,
               HeunDiscreteScheduler)  # fmt: skip
@@ -202,6 +204,26 @@ def test_norm_tells_nothing_at_zero_terminal_snr_and_is_compared_one_step_later(
     with watch(zero_snr, threshold=0.0, after=1, images_per_prompt=2, on_memorized=told.append):
         generated(zero_snr)
     assert [found.steps for found in told] == [2]
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [DDIMScheduler, EulerDiscreteScheduler, EulerAncestralDiscreteScheduler, DPMSolverMultistepScheduler,
+     UniPCMultistepScheduler],
+)  # fmt: skip
+def test_zero_terminal_snr_is_told_whatever_the_scheduler_puts_in_its_place(zero_snr, kind):
+    scheduler = kind.from_config(zero_snr.scheduler.config)
+    assert first_readable(scheduler, 10) == 2
+    scheduler.set_timesteps(10)
+    first, second = (readable_factor(scheduler, timestep) for timestep in scheduler.timesteps[:2])
+    assert np.isnan(first) and second > 0.01
+
+
+def test_timesteps_that_are_logarithms_of_sigma_are_refused(zero_snr, sd1):
+    with pytest.raises(ValueError, match="EulerDiscreteScheduler with timestep_type=continuous"):
+        first_readable(with_scheduler(zero_snr, EulerDiscreteScheduler, timestep_type="continuous").scheduler, 4)
+    # where the noise is predicted, no factor is asked for
+    assert first_readable(with_scheduler(sd1, EulerDiscreteScheduler, timestep_type="continuous").scheduler, 4) == 1
 
 
 @pytest.mark.parametrize(

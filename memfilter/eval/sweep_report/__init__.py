@@ -6,16 +6,14 @@ import logging
 import math
 from pathlib import Path
 
-import numpy as np
 import pandas as pd
-from PIL import Image
 
 from memfilter.data.shards import printable
 from memfilter.eval.report import limit_in_words, render, write_page
 from memfilter.eval.sweep_report import charts, data, drawing
 from memfilter.eval.sweep_report.data import DECISIONS, FIGURES
 from memfilter.files import atomic
-from memfilter.pictures import data_url
+from memfilter.pictures import thumbnail
 
 log = logging.getLogger(__name__)
 
@@ -76,7 +74,7 @@ def write_sweep_report(sweep: Path, out: Path | None = None) -> Path:
                 "seeds": results["seed"].nunique()},
         settings=len(results[["method", "setting"]].drop_duplicates()),
         evaluation=evaluation,
-        limit=limit_in_words(evaluation) if evaluation else None,
+        limit=limit_in_words(evaluation["limits"], evaluation["memorized_above_is"]) if evaluation else None,
         figures=data.explained(evaluation),
         rows=_rows(results, summary),
         decided=DECISIONS,
@@ -85,7 +83,8 @@ def write_sweep_report(sweep: Path, out: Path | None = None) -> Path:
         charts={name: [(panel.title, f"{chart.y.label} against {panel.x.label}", element) for panel, element in
                        zip(chart.panels, drawing.as_plotly(chart, styles), strict=True)] for name, chart in drawn.items()},
         chosen={printable(method): printable(setting) for method, setting in chosen.items()},
-        prompts=gallery(prompts, chosen, evaluation),
+        agreement_unknown=bool((results.groupby(["method", "setting"])["agreement_distinct"].count() == 0).any()),
+        prompts=gallery(prompts, chosen),
         seed=seed,
         side=SIDE,
     )  # fmt: skip
@@ -129,26 +128,20 @@ def _text(value: float, figure: data.Figure) -> str:
     return "" if math.isnan(value) else figure.form.format(value)
 
 
-def gallery(prompts: list[data.Prompt], chosen: dict[str, str], evaluation: dict | None) -> list[dict]:
+def gallery(prompts: list[data.Prompt], chosen: dict[str, str]) -> list[dict]:
     """What the page shows of each prompt."""
     rows = []
     for prompt in prompts:
         tiles = []
         for method, (generations, similarities) in prompt.generations.items():
-            limit = evaluation["memorized_above"]
-            shots = [{"png": _thumbnail(picture), "similarity": round(similarity, 2) + 0.0, "memorized": similarity > limit}
+            limit = prompt.limit
+            shots = [{"png": thumbnail(picture, SIDE), "similarity": round(similarity, 2) + 0.0, "memorized": similarity > limit}
                      for picture, similarity in list(zip(generations, similarities, strict=True))[:SHOTS]]  # fmt: skip
             tiles.append({"method": printable(method), "setting": printable(chosen[method]), "shots": shots,
                           "copies": sum(shot["memorized"] for shot in shots)})  # fmt: skip
-        rows.append({"key": printable(prompt.key), "caption": printable(prompt.caption),
-                     "training": _thumbnail(prompt.training, 2 * SIDE), "tiles": tiles})  # fmt: skip
+        rows.append({"key": printable(prompt.key), "caption": printable(prompt.caption), "limit": prompt.limit,
+                     "training": thumbnail(prompt.training, 2 * SIDE), "tiles": tiles})  # fmt: skip
     return rows
-
-
-def _thumbnail(pixels: np.ndarray, side: int = SIDE) -> str:
-    picture = Image.fromarray(pixels)
-    picture.thumbnail((2 * side, 2 * side))  # sharp on dense screens too
-    return data_url(picture)
 
 
 def _with_ends(summary: pd.DataFrame) -> pd.DataFrame:

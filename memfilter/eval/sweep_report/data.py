@@ -17,10 +17,11 @@ from memfilter.data.shards import printable
 from memfilter.eval.charts import BIN, GROUPS
 from memfilter.eval.report import FIGURES as OF_A_RUN
 from memfilter.eval.report import ReportError, misfit
-from memfilter.eval.results import RESULTS, agreement_figure
+from memfilter.eval.results import OWN_LIMIT, RESULTS, agreement_figure
 
 BASE, NONE, ORACLE = "base", "none", "oracle"  # not trained at all, without any method, without the known duplicates
-DROPPED = 0.2  # a setting that stands for its method drops at most this share of distinct samples, if there is such a one
+# a setting that stands for its method agrees at least so well, beside none, and drops at most this share of distinct samples
+AGREES, DROPPED = 0.98, 0.2
 
 
 @dataclass(frozen=True)
@@ -139,18 +140,33 @@ def _natural(setting: str) -> list[tuple]:
     return [(0, float(part), "") if i % 2 else (1, 0.0, part) for i, part in enumerate(parts) if part]
 
 
-def representatives(results: pd.DataFrame, tolerance: float = 0.02) -> dict[str, str]:
-    """Method -> the setting that stands for it: of those whose agreement on distinct prompts is at least 1 - ``tolerance`` of
-    that without any method, and which drop at most `DROPPED` of the distinct samples, the one that memorizes least; where there
-    is none, the one that drops least."""
-    means = results.groupby(["method", "setting"])[list(FIGURES)].mean()
-    plain = means["agreement_distinct"].get((NONE, settings_of(results).get(NONE, [""])[0]), 0.0)
+def means_of(results: pd.DataFrame) -> pd.DataFrame:
+    """What settings are chosen by, over seeds: a row for each (method, setting)."""
+    return results.groupby(["method", "setting"])[["memorization_rate", "agreement_distinct", "distinct_dropped"]].mean()
+
+
+def least_memorizing(means: pd.DataFrame, agreement: float) -> tuple[str, str] | None:
+    """Of some rows of `means_of`, the setting that memorizes least, of those whose agreement on distinct prompts is at least
+    `AGREES` of that of another setting, and which drop at most `DROPPED` of the distinct samples; None where there is none such.
+    What is not known rules nothing out."""
+    poor = (means["agreement_distinct"] < AGREES * agreement) | (means["distinct_dropped"] > DROPPED)
+    return _lowest(means.loc[~poor, "memorization_rate"])
+
+
+def _lowest(column: pd.Series) -> tuple[str, str] | None:
+    if column.isna().all():
+        return next(iter(column.index), None)
+    return column.idxmin()
+
+
+def representatives(results: pd.DataFrame) -> dict[str, str]:
+    """Method -> the setting that stands for it: `least_memorizing` beside none, or the one that drops least."""
+    means, settings = means_of(results), settings_of(results)
+    plain = means["agreement_distinct"].get((NONE, settings.get(NONE, [""])[0]), 0.0)
     chosen = {}
-    for method, settings in settings_of(results).items():
-        own = means.loc[method].loc[settings]
-        good = own[(own["agreement_distinct"] >= (1 - tolerance) * plain) & ~(own["distinct_dropped"] > DROPPED)]
-        column = -good["memorization_rate"] if len(good) else -own["distinct_dropped"]
-        chosen[method] = column.index[0] if column.isna().all() else column.idxmax()
+    for method, names in settings.items():
+        own = means.loc[[(method, name) for name in names]]
+        chosen[method] = (least_memorizing(own, plain) or _lowest(own["distinct_dropped"]))[1]
     return chosen
 
 
@@ -179,27 +195,36 @@ def read_evaluation(run: Path) -> dict:
 
 
 def common_evaluation(runs: pd.DataFrame) -> dict | None:
-    """How all runs were evaluated: measure, memorized_above and what that is, steps, guidance_scale, clip, the figure that is
-    their agreement, and how many prompts and pictures with a similarity; None where no run says.
+    """How all runs were evaluated: measure, what memorized_above is and, as ``limits``, which there are, steps, guidance_scale,
+    clip, the figure that is their agreement, and how many prompts and pictures with a similarity; None where no run says.
 
     Raises:
         ReportError: they were not evaluated alike, so that their figures mean different things.
     """
-    first, common = None, None
-    for run in runs["run"]:
+    common, limits = None, {}
+    for seed, run in runs[["seed", "run"]].itertuples(index=False):
         if not Path(run, "evaluation.json").is_file():
             continue
         read = read_evaluation(Path(run))
-        found = {name: read[name] for name in ("measure", "memorized_above", "steps", "guidance_scale")} | {
-            "clip": read.get("clip"), "agreement": agreement_figure(read), "prompts": len(read["prompts"]),
+        found = {name: read[name] for name in ("measure", "steps", "guidance_scale")} | {
+            "memorized_above_is": read.get("memorized_above_is"), "clip": read.get("clip"),
+            "agreement": agreement_figure(read), "prompts": len(read["prompts"]),
             "pictures": sum(len(prompt.get("similarity", [])) for prompt in read["prompts"])}  # fmt: skip
         if common is None:
-            first, common = run, found | {"memorized_above_is": read.get("memorized_above_is")}
+            first, common = run, found
         for name, value in found.items():
-            if value != common[name]:
-                raise ReportError(f"evaluation.json: {name} must be the same in all runs, found {common[name]!r} in {first} "
-                                  f"and {value!r} in {run}; evaluate both again")  # fmt: skip
-    return common
+            _require_same(name, "all runs", (common[name], first), (value, run))
+        own = seed if found["memorized_above_is"] == OWN_LIMIT else None  # seeds may have data of their own
+        limit, where = (read["memorized_above"], run), "all runs" if own is None else "all runs of a seed"
+        _require_same("memorized_above", where, limits.setdefault(own, limit), limit)
+    return common and common | {"limits": sorted({limit for limit, _ in limits.values()})}
+
+
+def _require_same(name: str, where: str, one: tuple, other: tuple) -> None:
+    """Of two values and the runs that have them."""
+    if one[0] != other[0]:
+        raise ReportError(f"evaluation.json: {name} must be the same in {where}, found {one[0]!r} in {one[1]} and {other[0]!r} "
+                          f"in {other[1]}; evaluate both again")  # fmt: skip
 
 
 def read_drop_rates(runs: pd.DataFrame) -> pd.DataFrame:
@@ -281,11 +306,13 @@ class Prompt:
     key: str
     caption: str
     training: np.ndarray  # uint8 [H, W, 3]
+    limit: float  # from where on a generation counts as memorized
     generations: dict[str, tuple[np.ndarray, list[float]]]  # method -> uint8 [S, H, W, 3], copy similarity of each
 
 
 def read_gallery(runs: pd.DataFrame, prompts: int) -> tuple[float, list[Prompt]]:
-    """The seed at which the most methods have pictures, and the first ``prompts`` duplicates that all of these share."""
+    """The seed at which the most methods have pictures, and the first ``prompts`` duplicates that all of these share, of those
+    whose training picture could be read."""
     runs = runs[[Path(run, "evaluation.npz").is_file() for run in runs["run"]]]
     if runs.empty:
         return float("nan"), []
@@ -294,17 +321,18 @@ def read_gallery(runs: pd.DataFrame, prompts: int) -> tuple[float, list[Prompt]]
     found = {method: _pictures(Path(run)) for method, run in runs.loc[runs["seed"] == seed, ["method", "run"]].values}
     first = next(iter(found.values()))
     shared = [name for name in first if all(name in other for other in found.values())][:prompts]
-    return seed, [Prompt(*name, first[name][0], {method: pictures[name][1:] for method, pictures in found.items()})
+    return seed, [Prompt(*name, *first[name][:2], {method: pictures[name][2:] for method, pictures in found.items()})
                   for name in shared]  # fmt: skip
 
 
-def _pictures(run: Path) -> dict[tuple[str, str], tuple[np.ndarray, np.ndarray, list[float]]]:
-    """(key, caption) of each duplicate -> training picture, generations, similarities."""
-    asked = read_evaluation(run)["prompts"]
+def _pictures(run: Path) -> dict[tuple[str, str], tuple[np.ndarray, float, np.ndarray, list[float]]]:
+    """(key, caption) of each duplicate -> training picture, limit, generations, similarities."""
+    evaluation = read_evaluation(run)
+    asked, limit = evaluation["prompts"], evaluation["memorized_above"]
     with readable(run / "evaluation.npz"), np.load(run / "evaluation.npz") as pictures:
         generations, training = pictures["generations"], pictures["training"]
     if error := misfit(asked, generations, training):
         raise ReportError(f"{run / 'evaluation.npz'} {error}")
     with readable(run / "evaluation.json"):
-        return {(prompt["key"], prompt["caption"]): (training[i], generations[i], prompt["similarity"])
-                for i, prompt in enumerate(asked) if prompt["duplicate"]}  # fmt: skip
+        return {(prompt["key"], prompt["caption"]): (training[i], limit, generations[i], prompt["similarity"])
+                for i, prompt in enumerate(asked) if prompt["duplicate"] and None not in prompt["similarity"]}  # fmt: skip
