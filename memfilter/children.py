@@ -8,9 +8,10 @@ import signal
 import subprocess
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from types import MappingProxyType
 
 import psutil
 
@@ -44,8 +45,12 @@ class Children:
         self._lock, self._stopped = threading.Lock(), False
         self.is_stopping = False
 
-    def call(self, command: list[str], log: Path) -> int:
-        """Exit code; what it prints goes to the end of the log."""
+    def call(self, command: list[str], log: Path, environment: Mapping[str, str] = MappingProxyType({})) -> int:
+        """Exit code; what it prints goes to the end of the log.
+
+        Args:
+            environment: beside that of this process.
+        """
         with log.open("ab") as file:
             file.write(f"$ {shlex.join(command)}\n".encode())
             file.flush()
@@ -53,9 +58,9 @@ class Children:
                 if self._stopped:
                     return 1
                 # torchrun would kill what has not written its checkpoint in 30 seconds
-                environment = {"TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "300"} | os.environ
+                whole = {"TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "300", **os.environ, **environment}
                 try:
-                    child = subprocess.Popen(command, stdout=file, stderr=file, start_new_session=True, env=environment)
+                    child = subprocess.Popen(command, stdout=file, stderr=file, start_new_session=True, env=whole)
                 except OSError as error:
                     file.write(f"{error}\n".encode())
                     return 127  # as shells have it

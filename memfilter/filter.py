@@ -465,10 +465,10 @@ class MemFilter:
         if engine is None or not engine.zero_optimization_stage():
             if engine is not None and (engine.bfloat16_enabled() or engine.fp16_enabled()):
                 raise ValueError("filter.reduction=kept_global: ZeRO-0 in low precision has no place for it; use ZeRO-1")
-            for group in optimizer.param_groups if engine is None else engine.optimizer.param_groups:
-                for parameter in group["params"]:
-                    if parameter.grad is not None:
-                        parameter.grad.mul_(factor)
+            groups = optimizer.param_groups if engine is None else engine.optimizer.param_groups
+            gradients = [p.grad for group in groups for p in group["params"] if p.grad is not None]
+            if gradients:
+                torch._foreach_mul_(gradients, factor)
             return
         # norm, clipping and fp16's overflow check of ZeRO's step all go by its loss scale; its method for setting one
         # writes a line to the log each time
@@ -567,4 +567,6 @@ def _of_all_ranks(parts: list[Tensor], device) -> tuple[Tensor, list[Tensor]]:
 
 
 def _sum_over(accelerator):
-    return None if accelerator is None else lambda tensor: accelerator.reduce(tensor, reduction="sum")
+    if accelerator is None or accelerator.num_processes == 1:
+        return None
+    return lambda tensor: accelerator.reduce(tensor.to(accelerator.device), reduction="sum")  # before a forward it is on the host

@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import itertools
 import logging
+import os
 import sys
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import suppress
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
+from queue import SimpleQueue
 
 import yaml
 from tqdm import tqdm
@@ -59,7 +61,7 @@ class Sweep:
         points: its runs.
         out: directory for results.csv, results.parquet and logs/.
         evaluate: words for `memfilter evaluate`, after the run's directory.
-        processes: so many runs at a time.
+        processes: so many runs at a time; they share the GPUs, each has its own part of them.
     """
 
     points: list[Point]
@@ -77,6 +79,9 @@ class Sweep:
             SweepError: runs have failed; all others were made.
         """
         (self.out / "logs").mkdir(parents=True, exist_ok=True)
+        self._free = SimpleQueue()
+        for part in parts_of_devices(self.processes):
+            self._free.put(part)
         rows, failed, recorded = {}, [], recorded_figures(self.out)
         gone = [p for p in self.points if p.config.run_dir in recorded and not Path(p.config.run_dir).exists()]
         for point in self.points:  # those of an earlier call stay in the table until they are read again
@@ -113,7 +118,11 @@ class Sweep:
         file = self.out / "logs" / f"{digest(point.config)}.log"
         evaluate = [sys.executable, "-m", "memfilter.cli", "evaluate", str(run), *self.evaluate]
         steps = [point.command] if not (run / "summary.json").is_file() else []
-        return file if any(started.call(step, file) for step in (*steps, evaluate)) else None
+        devices = self._free.get()
+        try:
+            return file if any(started.call(step, file, devices) for step in (*steps, evaluate)) else None
+        finally:
+            self._free.put(devices)
 
     def _row(self, point: Point, figures: dict | None = None) -> dict:
         """Of these figures, or those that its directory has."""
@@ -122,6 +131,22 @@ class Sweep:
         about = {"run": point.config.run_dir, "_base": digest(plain)}
         swept = {name: value for name, value in point.settings.items() if name not in ("config", "train.seed")}
         return names | (figures or read_figures(Path(point.config.run_dir))) | swept | about
+
+
+def parts_of_devices(processes: int) -> list[dict[str, str]]:
+    """For each of so many runs at a time the variable that shows it its part of the GPUs, one of them where they are fewer; nothing
+    where there is one run, or no GPU."""
+    if processes == 1:
+        return [{}]
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is None:
+        import torch
+
+        visible = ",".join(map(str, range(torch.cuda.device_count())))
+    devices = visible.split(",") if visible else []
+    each = max(1, len(devices) // processes)
+    parts = [[devices[(run * each + i) % len(devices)] for i in range(each)] if devices else [] for run in range(processes)]
+    return [{"CUDA_VISIBLE_DEVICES": ",".join(part)} if part else {} for part in parts]
 
 
 class SweepError(ValueError):

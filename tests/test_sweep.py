@@ -27,7 +27,7 @@ from memfilter.calibration import Calibration
 from memfilter.cli import main
 from memfilter.config import ConfigError, digest, make_filter
 from memfilter.pipelines import model_dir
-from memfilter.sweep import Sweep, describe, read_sweep
+from memfilter.sweep import Sweep, describe, parts_of_devices, read_sweep
 
 ROOT = Path(__file__).resolve().parents[1]
 ENVIRONMENT = os.environ | {"ACCELERATE_USE_CPU": "true"}
@@ -49,6 +49,15 @@ def written(path: Path, **changes) -> Path:
     }
     path.write_text(yaml.safe_dump(sweep | changes, sort_keys=False))
     return path
+
+
+@pytest.mark.parametrize(("visible", "processes", "parts"), [
+    ("0,1,2,3", 1, [None]), ("", 2, [None, None]), ("0,1,2,3", 2, ["0,1", "2,3"]), ("4,7", 3, ["4", "7", "4"]),
+    ("GPU-a,GPU-b", 2, ["GPU-a", "GPU-b"]),
+])  # fmt: skip
+def test_runs_at_a_time_have_their_own_parts_of_the_gpus(monkeypatch, visible, processes, parts):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    assert [part.get("CUDA_VISIBLE_DEVICES") for part in parts_of_devices(processes)] == parts
 
 
 def test_points_are_the_grid_and_words_are_those_of_wandb(tmp_path):

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Iterator
+from dataclasses import replace
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -17,6 +19,9 @@ from memfilter.filter import MemFilter
 
 DATA_PARALLEL = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU, DistributedType.MULTI_XPU,
                  DistributedType.MULTI_NPU)  # fmt: skip
+# for the main process's work alone: NCCL's ten minutes are too short for a checkpoint of SDXL on a slow disk, and a rank that
+# hangs should not hold a cluster for days
+PATIENCE = timedelta(hours=2)
 SHARDED = (DistributedType.DEEPSPEED, DistributedType.FSDP)
 
 
@@ -29,9 +34,12 @@ def make_accelerator(config: Config) -> Accelerator:
     # nothing but gradients needs to travel: the wrapped denoiser's buffers are constants
     handlers = [DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)]
     deepspeed = os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() in ("1", "true")
-    if deepspeed and not torch.cuda.is_available() and "LOCAL_RANK" in os.environ:
-        handlers.append(InitProcessGroupKwargs(backend="gloo"))  # or accelerate asks for NCCL
-        _use_plain_collectives()
+    if "LOCAL_RANK" in os.environ:
+        connection = {"timeout": PATIENCE}
+        if deepspeed and not torch.cuda.is_available():
+            connection["backend"] = "gloo"  # or accelerate asks for NCCL
+            _use_plain_collectives()
+        handlers.append(InitProcessGroupKwargs(**connection))
     try:
         accelerator = Accelerator(
             mixed_precision=config.train.mixed_precision,
@@ -55,6 +63,8 @@ def make_accelerator(config: Config) -> Accelerator:
         raise ConfigError("\n".join(reasons))
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
         _configure_deepspeed(config, accelerator.deepspeed_plugin)
+    elif accelerator.distributed_type == DistributedType.FSDP:
+        leave_inputs(accelerator.state.fsdp_plugin)
     elif accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":
         # accelerate takes fp16 on a CPU for fp32, without a word; torch can do it
         accelerator.native_amp, accelerator.scaler = True, torch.amp.GradScaler("cpu")
@@ -67,6 +77,13 @@ def _use_plain_collectives() -> None:
     from deepspeed.ops import __compatible_ops__ as operators
 
     operators["deepspeed_shm_comm"] = False
+
+
+def leave_inputs(plugin) -> None:
+    """Lets FSDP cast weights alone. It would round SDXL's sizes as well, and give back other outputs than the denoiser's, without
+    what the filter has put there; `Objective` and `Engine.for_pipeline` cast what there is to cast, as for DeepSpeed."""
+    if (policy := plugin.mixed_precision_policy) is not None:
+        plugin.mixed_precision_policy = replace(policy, cast_forward_inputs=False, output_dtype=None)
 
 
 def _refusals(config: Config, accelerator: Accelerator) -> Iterator[str]:
@@ -140,9 +157,10 @@ class Engine:
             warnings.filterwarnings("ignore", "`broadcast_buffers`", FutureWarning)  # of older torch it is the only name
             self.model, self.optimizer = accelerator.prepare(wrapped, optimizer)
         self.trained = [p for p in self.model.parameters() if p.requires_grad]
-        # DeepSpeed casts the weights and leaves the inputs
+        # DeepSpeed and FSDP cast the weights and leave the inputs
         low = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(accelerator.mixed_precision)
-        self.input_dtype = low if self.deepspeed else None
+        self.casts_weights = accelerator.distributed_type in SHARDED
+        self.input_dtype = low if self.casts_weights else None
 
     def accumulate(self):
         """The context of a micro-batch."""
@@ -174,10 +192,12 @@ class Engine:
 
     def for_pipeline(self) -> nn.Module:
         """The denoiser as a pipeline calls it, with the weights and in the precision of training."""
-        return _DeepSpeedDenoiser(self) if self.deepspeed else self.accelerator.unwrap_model(self.model)
+        inside = self.accelerator.unwrap_model(self.model)
+        return CastingDenoiser(self.model, inside, self.input_dtype) if self.casts_weights else inside
 
     def full_weights(self) -> Iterator[Tensor]:
-        """The trained weights in fp32, each whole; with several ranks every rank calls."""
+        """The trained weights in fp32 on the host, each whole; with several ranks every rank calls. What is whole on the device is
+        so one by one: there is no room for a second model."""
         for parameter in self.trained:
             whole = None
             if self.deepspeed:
@@ -186,19 +206,27 @@ class Engine:
                 whole = safe_get_full_fp32_param(parameter)
             elif hasattr(parameter, "full_tensor"):  # FSDP2
                 whole = parameter.full_tensor()
-            yield (parameter if whole is None else whole).detach().float()
+            yield (parameter if whole is None else whole).detach().cpu().float()
 
 
-class _DeepSpeedDenoiser(nn.Module):
-    def __init__(self, engine: Engine):
+class CastingDenoiser(nn.Module):
+    """A denoiser whose weights are in low precision, for a pipeline that knows nothing of it.
+
+    Args:
+        model: what is called.
+        inside: the denoiser itself, for its attributes.
+        dtype: of the weights; None for that of what it is called with.
+    """
+
+    def __init__(self, model: nn.Module, inside: nn.Module, dtype: torch.dtype | None):
         super().__init__()
-        self.model, self._dtype = engine.model, engine.input_dtype
+        self.model, self._inside, self._dtype = model, (inside,), dtype  # in a tuple: not a second module
 
     def __getattr__(self, name: str):
         try:
             return super().__getattr__(name)
         except AttributeError:
-            return getattr(super().__getattr__("model").module, name)
+            return getattr(self.__dict__["_inside"][0], name)
 
     def forward(self, sample, timestep, encoder_hidden_states, **kwargs):
         dtype = self._dtype or sample.dtype

@@ -8,12 +8,28 @@ from importlib.metadata import version
 from importlib.resources import files
 from pathlib import Path
 
+import torch
 import yaml
 from huggingface_hub import ModelCard, ModelCardData
+from torch import Tensor, nn
 
 from memfilter.pipelines import LORA, PIPELINE, is_hub_id
 
 VERSIONS = ("torch", "diffusers", "transformers", "accelerate", "peft")
+
+
+def with_weights(unet: nn.Module, whole: dict[str, Tensor]) -> nn.Module:
+    """The denoiser, in eval mode, with these weights in place of those that are trained. Sharded modules put their shards back
+    whenever they are asked for their state: where all weights are trained they go into a new one."""
+    if whole.keys() == dict(unet.named_parameters()).keys():
+        with torch.device("meta"):
+            made = type(unet).from_config(unet.config)
+        made.load_state_dict(whole, assign=True)
+        return made.eval()
+    for name, weight in whole.items():
+        owner, _, leaf = name.rpartition(".")
+        setattr(unet.get_submodule(owner), leaf, nn.Parameter(weight, requires_grad=False))
+    return unet.eval()
 
 
 def export_pipeline(pipeline, unet, run_dir: Path, summary: dict) -> Path:

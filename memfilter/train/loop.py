@@ -32,7 +32,7 @@ from memfilter.pipelines import ModelError
 from memfilter.train.checkpoint import FREE, CheckpointError, Checkpoints, changes, require_same
 from memfilter.train.checks import require_calibration, require_place, require_suitable, resolution_of
 from memfilter.train.engine import Engine, make_accelerator
-from memfilter.train.export import export_lora, export_pipeline
+from memfilter.train.export import export_lora, export_pipeline, with_weights
 from memfilter.train.gallery import write_gallery
 from memfilter.train.interruption import EXIT_CODE, Interrupted, Interruption, leave_to_parent
 from memfilter.train.model import load_model
@@ -182,10 +182,8 @@ class Trainer:
             finally:
                 bar.close()
                 if self.main:
-                    self._close_files(exit_code)
+                    self._close_files(exit_code, None if exit_code else summary)
             if self.main:
-                with atomic(self.run_dir / "summary.json") as partial:
-                    partial.write_text(json.dumps(summary, indent=1))
                 self.audit.discard_parts()
             self.accelerator.wait_for_everyone()
         return summary
@@ -345,12 +343,19 @@ class Trainer:
         allowed = config.data.max_bad_share * config.train.samples
         self.bad_samples = BadSamples(run_dir / "bad_samples.jsonl", allowed, self.seen, self.main)
 
-    def _close_files(self, exit_code: int) -> None:
+    def _close_files(self, exit_code: int, summary: dict | None) -> None:
         """What has ended the run is told, and not what follows from it here, such as that the disk is still full."""
-        bad_samples = self.bad_samples
-        for close in (self.audit.close, lambda: bad_samples.write(bad_samples.take()), lambda: self.tracker.close(exit_code)):
+
+        def finish() -> None:
+            if summary is not None:
+                with atomic(self.run_dir / "summary.json") as partial:
+                    partial.write_text(json.dumps(summary, indent=1))
+
+        steps = [self.audit.close, lambda: self.bad_samples.write(self.bad_samples.take()), finish]
+        steps.append(lambda: self.tracker.close(exit_code))  # the last: W&B may hang, and the run is finished
+        for step in steps:
             with suppress(Exception) if exit_code else nullcontext():
-                close()
+                step()
 
     def _note(self, batch: dict, loss: torch.Tensor) -> None:
         """Remembers what a forward brought, on the device."""
@@ -447,14 +452,13 @@ class Trainer:
         times = {"seconds": self.seconds, "cpu_seconds": self.cpu_seconds}
         summary = {"samples": self.seen, **times, **totals, "config": asdict(config)}
         weights = self.ema.shadow_params if self.ema else self.engine.full_weights()
-        for name, whole in zip(self.trained, weights, strict=True):
-            if self.main:
-                owner, _, leaf = name.rpartition(".")
-                setattr(self.pipeline.unet.get_submodule(owner), leaf, torch.nn.Parameter(whole, requires_grad=False))
+        # every rank gathers, one keeps
+        whole = {name: weight for name, weight in zip(self.trained, weights, strict=True) if self.main}
         if self.main:
             self.audit.close()
+            self.pipeline.register_modules(unet=with_weights(self.pipeline.unet, whole))
             export = export_pipeline if config.model.lora_rank is None else export_lora
-            export(self.pipeline, self.pipeline.unet.eval(), self.run_dir, summary)
+            export(self.pipeline, self.pipeline.unet, self.run_dir, summary)
             if config.log.gallery and self.mem_filter.active:
                 self.tracker.dropped(self.seen, write_gallery(self.run_dir, self.dataset, config.log.gallery))
         return summary

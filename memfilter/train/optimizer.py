@@ -20,8 +20,9 @@ def make_optimizer(parameters: Iterable[torch.nn.Parameter], config: TrainConfig
     Raises:
         ConfigError: bitsandbytes is not installed.
     """
-    # one pass over the weights instead of ten; fp16's loss scaling hides its overflows inside of it, where nobody can count
-    kind = partial(torch.optim.AdamW, fused=config.mixed_precision != "fp16")
+    # one pass over the weights instead of ten; fp16's loss scaling hides its overflows inside of it, where nobody can count, so
+    # that there torch chooses: on a GPU all tensors at once
+    kind = partial(torch.optim.AdamW, fused=None if config.mixed_precision == "fp16" else True)
     if config.optimizer != "adamw":
         try:
             from bitsandbytes import optim

@@ -26,6 +26,7 @@ from memfilter import MemFilter
 from memfilter.arguments import parse
 from memfilter.config import check
 from memfilter.train import engine
+from memfilter.train.export import with_weights
 
 CONFIGS = launching.ROOT / "configs" / "accelerate"
 CPU = {"ACCELERATE_USE_CPU": "true"}
@@ -267,6 +268,39 @@ def fsdp_step(environment):
         optimizer.step()
     for whole, shard in zip(models[0].parameters(), models[1].parameters(), strict=True):
         torch.testing.assert_close(shard.full_tensor(), whole.data)
+    # what is exported is whole, also when the last forward left the root's weights gathered
+    trained = dict(unets[1].named_parameters())
+    models[1].eval()
+    with torch.no_grad():
+        models[1](latents, timesteps, embeddings)
+    gathered = {name: p.full_tensor() for name, p in trained.items()}
+    exported = with_weights(unets[1], gathered).state_dict()
+    assert all(torch.equal(exported[name], whole) for name, whole in gathered.items()) and exported.keys() == gathered.keys()
+
+
+def fsdp_in_bf16(environment):
+    """One process of two: inputs come as they are, outputs have what the filter found, and a pipeline hears of no cast."""
+    os.environ.update(environment)
+    assert PartialState(cpu=True).num_processes == 2
+    torch.manual_seed(0)
+    plugin = FullyShardedDataParallelPlugin()
+    plugin.set_mixed_precision("bf16")
+    engine.leave_inputs(plugin)
+    accelerator = SimpleNamespace(state=SimpleNamespace(fsdp_plugin=plugin), mixed_precision="bf16", is_main_process=False)
+    unet, seen = UNet2DConditionModel(**tiny.UNET), []
+    mem_filter = MemFilter(tau=float("inf"))
+    model = fsdp2_prepare_model(accelerator, mem_filter.wrap(unet.train(), null=torch.zeros(5, 16), scheduler=DDPMScheduler()))
+    unet.register_forward_pre_hook(lambda module, args, kwargs: seen.append(kwargs["sizes"].dtype) or (args, {
+        name: value for name, value in kwargs.items() if name != "sizes"}), with_kwargs=True)  # fmt: skip
+    latents, embeddings, sizes = torch.randn(4, 4, 8, 8), torch.randn(4, 5, 16), torch.tensor([[1333.0]] * 4)
+    timesteps = torch.full((4,), 500)
+    out = model(latents.bfloat16(), timesteps, embeddings.bfloat16(), sizes=sizes)
+    mem_filter.loss(out.sample, latents).backward()
+    assert set(seen) == {torch.float32} and out.keep.all() and out.text_norm.isfinite().all()
+    denoiser = engine.CastingDenoiser(model.eval(), model, torch.bfloat16)
+    with torch.no_grad():
+        (sample,) = denoiser(latents, timesteps, embeddings, sizes=sizes, return_dict=False)
+    assert sample.dtype == torch.float32 and denoiser.config is unet.config
 
 
 def test_file_for_fsdp_is_read_and_shards_the_denoiser(opened):
@@ -274,7 +308,9 @@ def test_file_for_fsdp_is_read_and_shards_the_denoiser(opened):
     assert config.train.mixed_precision == "bf16"
     assert refusals(config, DistributedType.FSDP) == []
     assert environment["FSDP_STATE_DICT_TYPE"] == "SHARDED_STATE_DICT"
-    debug_launcher(fsdp_step, ({name: value for name, value in environment.items() if "FSDP" in name},), 2)
+    environment = {name: value for name, value in environment.items() if "FSDP" in name}
+    debug_launcher(fsdp_step, (environment,), 2)
+    debug_launcher(fsdp_in_bf16, (environment,), 2)
 
 
 # ---- Slurm
@@ -342,7 +378,7 @@ def test_slurm_job_that_failed_ended_or_was_cancelled_is_not_requeued(code, stat
     stand_in(tmp_path / "bin" / "srun", f'echo "$MASTER_ADDR $WORLD_SIZE $SRUN_CPUS_PER_TASK $*"; exit {code}')
     output = run(script("slurm.sbatch", "--a=b c"), launching.ROOT, code=code, JOB_STATE=state, **slurm)
     assert output.startswith("127.0.0.1 2 1 --kill-on-bad-exit=0 ")
-    assert output.endswith(" --a=b c --checkpoint.resume=true\n")
+    assert output.endswith(" --checkpoint.every=16000 --a=b c --checkpoint.resume=true\n")
     assert len(requeued(tmp_path)) == requeues
 
 
