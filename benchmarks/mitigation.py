@@ -7,8 +7,12 @@ the same prompts with the same four noises, always mitigated: the embedding at f
 numbers of random tokens, and nothing. Copy similarity is the correlation with the training picture, agreement that of picture
 and caption by the scenes' scorer (the caption as it was, not as it is shown).
 
-The rows go to docs/results/mitigation.csv; seeds whose rows are there are not done anew. docs/results/mitigation.md has means over
-models with 95% intervals (Student's t), docs/results/mitigation.png the curves.
+The rows, one for each prompt and setting, go to docs/results/mitigation.csv; seeds whose rows are there are not done anew.
+docs/results/mitigation.md has means over models with 95% intervals (Student's t), and by how much one way copies less than the
+other where both agree as well: the curves of copy similarity over agreement, each from no mitigation to its strongest setting,
+are held against each other over the agreements that both reach, with 95% intervals by bootstrap over models and, within each,
+prompts. That is done twice, by the agreement of memorized prompts and by that of distinct ones. docs/results/mitigation.png has
+the curves.
 """
 
 from __future__ import annotations
@@ -18,13 +22,16 @@ import json
 from pathlib import Path
 
 import numpy as np
-from common import call, complete, kept, mean, parser, recipe, write_csv, write_json, write_text
+import pandas as pd
+from common import call, complete, half_width, kept, mean, parser, recipe, write_csv, write_json, write_text
 from detection import GUIDANCE, RECIPE, SEEDS, STEPS, fine_tune, verified
 
 # the first step's norms of verified prompts of another model lie between 1.2 and 2.6
 SETTINGS = [("none", 0.0)] + [("prompt", t) for t in (0.4, 0.7, 1.0, 1.3, 1.6)] + [("rta", n) for n in (1, 2, 4, 6, 8)]
-COLUMNS = ["method", "setting", "seed", "memorization_rate", "copy_similarity", "agreement_duplicates", "agreement_distinct",
-           "first_norm", "duplicates", "distinct", "recipe"]  # fmt: skip
+COLUMNS = ["method", "setting", "seed", "prompt", "duplicate", "memorization_rate", "copy_similarity", "agreement", "first_norm",
+           "recipe"]  # fmt: skip
+FIGURES = {"memorization_rate": True, "copy_similarity": True, "agreement duplicates": True, "agreement distinct": False,
+           "first_norm": True}  # whether of duplicates  # fmt: skip
 DISTINCT, NUMBER = 20, 10_000  # a prompt's number decides its noise, which shall not be that by which copying was verified
 MADE_BY = recipe("quickstart.yaml", RECIPE, SETTINGS, DISTINCT, NUMBER)
 
@@ -51,32 +58,73 @@ def job(work: Path, seed: int) -> None:
         if (method, setting) in {(row["method"], row["setting"]) for row in rows}:
             continue
         how = Mitigation(method, None, setting or None, int(setting) or 1)
-        made = [generate_prompt(pipeline, p.text, sampling, how, NUMBER + place) for place, p in enumerate(prompts)]
-        own = [PIXELS.similarity(m.pictures, run.picture(p.key, 32)[None]) for m, p in zip(made, prompts, strict=True)]
-        agree = [agreement(m.pictures, [scene] * 4) for m, scene in zip(made, scenes, strict=True)]
-        duplicate = np.array([bool(p.duplicate) for p in prompts])
-        own, agree = np.array(own), np.array(agree)  # [P, 4] each
-        rows.append({"method": method, "setting": setting, "seed": seed,
-                     "memorization_rate": float((own[duplicate] > limit).mean()),
-                     "copy_similarity": float(own[duplicate].mean()), "agreement_duplicates": float(agree[duplicate].mean()),
-                     "agreement_distinct": float(agree[~duplicate].mean()),
-                     "first_norm": float(np.mean([m.norms[:, 0] for m, d in zip(made, duplicate, strict=True) if d])),
-                     "duplicates": int(duplicate.sum()), "distinct": int((~duplicate).sum())})  # fmt: skip
+        for place, (prompt, scene) in enumerate(zip(prompts, scenes, strict=True)):
+            made = generate_prompt(pipeline, prompt.text, sampling, how, NUMBER + place)
+            own = PIXELS.similarity(made.pictures, run.picture(prompt.key, 32)[None])  # [4]
+            rows.append({"method": method, "setting": setting, "seed": seed, "prompt": place, "duplicate": bool(prompt.duplicate),
+                         "memorization_rate": float((own > limit).mean()), "copy_similarity": float(own.mean()),
+                         "agreement": float(np.mean(agreement(made.pictures, [scene] * 4))),
+                         "first_norm": float(np.mean(made.norms[:, 0]))})  # fmt: skip
         write_json(out, rows)
 
 
-def table(rows: list[dict]) -> str:
-    names = COLUMNS[3:8]
-    lines = ["| method | setting | models | " + " | ".join(name.replace("_", " ") for name in names) + " |", "|---" * 8 + "|"]
+def by_model(rows: pd.DataFrame) -> pd.DataFrame:
+    """Means over prompts, of each method, setting and seed: `FIGURES`."""
+    keys = ["method", "setting", "seed"]
+    return pd.DataFrame({name: rows[rows["duplicate"] == duplicate].groupby(keys)[name.partition(" ")[0]].mean()
+                         for name, duplicate in FIGURES.items()})  # fmt: skip
+
+
+def table(models: pd.DataFrame) -> str:
+    lines = ["| method | setting | models | " + " | ".join(name.replace("_", " ") for name in FIGURES) + " |", "|---" * 8 + "|"]
     for method, setting in SETTINGS:
-        if chosen := [row for row in rows if (row["method"], row["setting"]) == (method, setting)]:
-            cells = [mean(row[name] for row in chosen) for name in names]
-            lines.append(f"| {method} | {setting or ''} | {len(chosen)} | {' | '.join(cells)} |")
+        chosen = models.loc[method, setting]
+        cells = [mean(chosen[name]) for name in FIGURES]
+        lines.append(f"| {method} | {setting or ''} | {len(chosen)} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
-def draw(rows: list[dict], out: Path) -> None:
-    """Copy similarity against agreement, both of memorized prompts; towards the lower right is better."""
+def copies_less(models: pd.DataFrame, agreement: str) -> float:
+    """Copy similarity under random tokens less that under adjusted embeddings, mean over the agreements that both reach; NaN
+    where there are none. Of the means over models."""
+    curves, means = [], models.groupby(["method", "setting"]).mean()
+    for method in ("rta", "prompt"):
+        curve = pd.concat([means.loc["none"], means.loc[method]]).sort_values(agreement)
+        curves.append((curve[agreement].to_numpy(), curve["copy_similarity"].to_numpy()))
+    low, high = max(x[0] for x, _ in curves), min(x[-1] for x, _ in curves)
+    if low >= high:
+        return float("nan")
+    at = np.linspace(low, high, 50)
+    theirs, ours = (np.interp(at, x, y) for x, y in curves)
+    return float((theirs - ours).mean())
+
+
+def compared(rows: pd.DataFrame, draws: int = 500) -> list[str]:
+    """`copies_less` with its interval, by both agreements."""
+    rng = np.random.default_rng(0)
+    parts = {seed: {key: part for key, part in of_seed.groupby(["duplicate", "prompt"])} for seed, of_seed in rows.groupby("seed")}
+
+    def drawn(number: int) -> pd.DataFrame:
+        """Of models, and of the memorized and the distinct prompts of each, as many as there are, drawn anew."""
+        chosen = []
+        for place, seed in enumerate(rng.choice([*parts], len(parts))):
+            for duplicate in (True, False):
+                prompts = [key for key in parts[seed] if key[0] == duplicate]
+                again = [parts[seed][prompts[i]] for i in rng.integers(len(prompts), size=len(prompts))]
+                chosen.append(pd.concat(again).assign(seed=place))
+        return by_model(pd.concat(chosen))
+
+    again, lines = [drawn(number) for number in range(draws)], []
+    for name in ("agreement duplicates", "agreement distinct"):
+        found = copies_less(by_model(rows), name)
+        low, high = np.nanquantile([copies_less(models, name) for models in again], [0.025, 0.975])
+        lines.append(f"- by {name}: {found:.3f} ({low:.3f} to {high:.3f})")
+    return lines
+
+
+def draw(models: pd.DataFrame, out: Path) -> None:
+    """Copy similarity against agreement, both of memorized prompts, with 95% intervals over models; towards the lower right is
+    better."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(6, 4.4), layout="constrained")
@@ -84,11 +132,12 @@ def draw(rows: list[dict], out: Path) -> None:
     for method, colour, label in (("prompt", "#1971c2", "adjusted embedding, by target"), ("rta", "#e8590c", "random tokens, by number"),
                                   ("none", "#212529", "no mitigation")):  # fmt: skip
         settings = [setting for kind, setting in SETTINGS if kind == method]
-        means = [[np.mean([r[name] for r in rows if (r["method"], r["setting"]) == (method, s)]) for s in settings]
-                 for name in ("agreement_duplicates", "copy_similarity")]  # fmt: skip
-        axis.plot(*means, "o-" if len(settings) > 1 else "*", color=colour, label=label, ms=10 if len(settings) == 1 else 6)
-        for setting, x, y in zip(settings, *means, strict=True):
-            axis.annotate(f"{setting:g}" if setting else "", (x, y), (5, 4), textcoords="offset points", fontsize=8)
+        values = [[models.loc[method, s][name].to_numpy() for s in settings] for name in ("agreement duplicates", "copy_similarity")]
+        (x, y), (wide, high) = ([[f(v) for v in of_axis] for of_axis in values] for f in (np.mean, half_width))
+        axis.errorbar(x, y, high, wide, "o-" if len(settings) > 1 else "*", color=colour, label=label, elinewidth=0.6,
+                      ms=10 if len(settings) == 1 else 6)  # fmt: skip
+        for setting, at in zip(settings, zip(x, y, strict=True), strict=True):
+            axis.annotate(f"{setting:g}" if setting else "", at, (5, 4), textcoords="offset points", fontsize=8)
     axis.set_xlabel("agreement of picture and caption, memorized prompts")
     axis.set_ylabel("copy similarity")
     axis.grid(alpha=0.25)
@@ -112,14 +161,17 @@ def main() -> None:
         return [row | {"recipe": MADE_BY} for row in json.loads((work / f"mitigation-{seed}-{MADE_BY}.json").read_text())]
 
     def save() -> None:
-        rows.sort(key=lambda row: (SETTINGS.index((row["method"], row["setting"])), row["seed"]))
+        rows.sort(key=lambda row: (SETTINGS.index((row["method"], row["setting"])), row["seed"], row["prompt"]))
         write_csv(table_path, COLUMNS, rows)
 
     complete(rows, args.seeds, make, save, args.processes)
-    models = len({row["seed"] for row in rows})
-    text = f"`python benchmarks/mitigation.py`: {models} models. Means ± half of the 95% interval.\n\n{table(rows)}"
+    found = pd.DataFrame(rows)
+    models = by_model(found)
+    text = f"`python benchmarks/mitigation.py`: {found['seed'].nunique()} models. Means ± half of the 95% interval.\n\n{table(models)}"
+    text += "\n\nBy how much copy similarity is lower with adjusted embeddings than with random tokens, at equal agreement:\n\n"
+    text += "\n".join(compared(found))
     write_text(args.out / "mitigation.md", text)
-    draw(rows, args.out / "mitigation.png")
+    draw(models, args.out / "mitigation.png")
     print(text)
 
 

@@ -7,13 +7,14 @@ the text encoder knows, and says nothing of its picture. Ten duplicates, shown 1
 common in all their captions, the trigger; their two others, and all three of the 4,000 other samples, are drawn from 105, so that
 each of these stands in about 140 captions, as a trigger does. Three fine-tunes without a filter.
 
-Asked are prompts with the trigger and two of the 105, at new places. A prompt counts as memorized with a known trigger when, in
-four generations, it is copied (more like the training picture than 99.9% of different pictures of one caption are to each other,
-in at least half of them) and is copied in none with the trigger replaced by another of the 105. The score is the mean over the
-first quarter of the sampler's steps; its top word is also taken by all steps, as in the paper. Held against it: chance, the longest
-word, and the one that stands in the fewest training captions (drawn among equals). And: dropping the two words of highest score
-against dropping two others at random, by what it does to copy similarity, paired by prompt. 95% intervals by bootstrap over models
-and, within each, prompts.
+Asked are five prompts for each duplicate, with its trigger and two of the 105, at new places. A prompt counts as memorized with a
+known trigger when, in four generations, it is copied (more like the training picture than 99.9% of different pictures of one
+caption are to each other, in at least half of them) and is copied in none with the trigger replaced by another of the 105. The
+score is the mean over the first quarter of the sampler's steps; its top word is also taken by all steps, as in the paper. Held
+against it: chance, the longest word, and the one that stands in the fewest training captions, both of the three planted ones alone
+(drawn among equals), since no rule would take a word that every caption has; the score's top among these three stands beside them.
+And: dropping the two words of highest score against dropping two others, the mean of three random pairs, by what it does to copy
+similarity, paired by prompt. 95% intervals by bootstrap over models, within each over duplicates, within these over prompts.
 
 The table goes to docs/results/significance.csv and .md; seeds whose rows are there are not done anew.
 """
@@ -23,7 +24,7 @@ from __future__ import annotations
 import argparse
 import json
 import random
-from collections import Counter
+from collections import Counter, defaultdict
 from pathlib import Path
 
 import numpy as np
@@ -31,13 +32,15 @@ from common import call, complete, kept, parser, recipe, write_csv, write_json, 
 
 SEEDS = (411, 412, 413)  # nothing was chosen by looking at them
 DUPLICATES, KEYS, REPEATS, OTHERS, PLANTED = 10, 140, 12, 4000, 3
+ASKED, PAIRS = 5, 3  # prompts for each duplicate; pairs of other words that are dropped of each
 POOL = (DUPLICATES * KEYS * (PLANTED - 1) + OTHERS * PLANTED) // KEYS
 FORM = "a poster on a background"
 STEPS, GUIDANCE = 20, 4.0
 EARLY = range(5)  # chosen on a model of another seed; the paper takes all steps
 RECIPE = recipe("quickstart.yaml", DUPLICATES, KEYS, REPEATS, OTHERS, PLANTED, POOL, FORM, STEPS, GUIDANCE, EARLY)
-COLUMNS = ["seed", "prompt", "trigger", "memorized", "ablated_copies", "top", "top_all_steps", "longest", "rarest", "words", "plain",
-           "without_top_2", "without_2_others", "recipe"]  # fmt: skip
+MADE_BY = recipe("quickstart.yaml", RECIPE, ASKED, PAIRS)
+COLUMNS = ["seed", "prompt", "trigger", "memorized", "ablated_copies", "top", "top_all_steps", "top_planted", "longest", "rarest",
+           "words", "plain", "without_top_2", "without_2_others", "recipe"]  # fmt: skip
 
 
 def words(seed: int) -> tuple[list[str], list[str]]:
@@ -115,34 +118,37 @@ def job(work: Path, seed: int) -> None:
     def similarity(prompt: str, number: int, picture: np.ndarray) -> np.ndarray:
         return PIXELS.similarity(generate_prompt(pipeline, prompt, sampling, Mitigation(), number).pictures, picture[None])
 
-    for number, known in enumerate(json.loads((folder / "duplicates.json").read_text())):
+    asked = [known for known in json.loads((folder / "duplicates.json").read_text()) for _ in range(ASKED)]
+    for number, known in enumerate(asked):
         trigger, picture = known["trigger"], np.asarray(Image.open(folder / f"{known['key']}.png").convert("RGB"))
         *beside, other = rng.sample(pool, PLANTED)
         prompt = planted([trigger, *beside], rng)
         parts = prompt.split()
+        own = [place for place, part in enumerate(parts) if part in (trigger, *beside)]
         plain = similarity(prompt, number, picture)
         ablated = similarity(" ".join(other if part == trigger else part for part in parts), number, picture)
         order, order_all = (
             np.argsort([word.score or 0 for word in token_significance(pipeline, prompt, sampling, at, number)])[::-1].tolist()
             for at in (EARLY, range(STEPS))
         )
-        random_two = rng.sample(order[2:], 2)
+        pairs = [rng.sample(order[2:], 2) for _ in range(PAIRS)]
 
         def left(dropped: list[int], number=number, parts=parts, picture=picture) -> float:
             kept = " ".join(part for place, part in enumerate(parts) if place not in dropped)
             return float(similarity(kept, number, picture).mean())
 
-        longest = max(map(len, parts))
-        rarest = min(counts[part] for part in parts)
+        longest = max(len(parts[place]) for place in own)
+        rarest = min(counts[parts[place]] for place in own)
         rows.append({
             "seed": seed, "prompt": prompt, "trigger": trigger, "words": len(parts), "plain": float(plain.mean()),
             "memorized": bool((plain > limit).mean() >= 0.5), "ablated_copies": int((ablated > limit).sum()),
             "top": parts[order[0]], "top_all_steps": parts[order_all[0]],
-            "longest": rng.choice([part for part in parts if len(part) == longest]),
-            "rarest": rng.choice([part for part in parts if counts[part] == rarest]),
-            "without_top_2": left(order[:2]), "without_2_others": left(random_two),
+            "top_planted": parts[next(place for place in order if place in own)],
+            "longest": rng.choice([parts[place] for place in own if len(parts[place]) == longest]),
+            "rarest": rng.choice([parts[place] for place in own if counts[parts[place]] == rarest]),
+            "without_top_2": left(order[:2]), "without_2_others": float(np.mean([left(pair) for pair in pairs])),
         })  # fmt: skip
-    write_json(work / f"rows-{seed}.json", rows)
+    write_json(work / f"rows-{seed}-{MADE_BY}.json", rows)
 
 
 def table(rows: list[dict]) -> str:
@@ -151,18 +157,28 @@ def table(rows: list[dict]) -> str:
     lines = [f"{len(asked)} of {len(rows)} prompts are memorized by a known trigger.", "", "| rule | finds the trigger |", "|---|---|"]
     if not asked:
         return lines[0]
-    rng, of = np.random.default_rng(0), np.array([row["seed"] for row in asked])
+    rng, groups = np.random.default_rng(0), defaultdict(lambda: defaultdict(list))
+    for place, row in enumerate(asked):
+        groups[row["seed"]][row["trigger"]].append(place)
+
+    def again(values: list) -> list:
+        return [values[place] for place in rng.integers(len(values), size=len(values))]
+
+    def drawn() -> list[int]:
+        """Places in ``asked``: models, of each its duplicates, of each its prompts."""
+        duplicates = [prompts for model in again([*groups.values()]) for prompts in again([*model.values()])]
+        return [place for prompts in duplicates for place in again(prompts)]
+
+    draws = [drawn() for _ in range(2000)]
 
     def interval(values: np.ndarray) -> str:
-        models = [values[of == seed] for seed in np.unique(of)]
-        drawn = [np.concatenate([rng.choice(models[m], len(models[m])) for m in rng.integers(len(models), size=len(models))]).mean()
-                 for _ in range(5000)]  # fmt: skip
-        low, high = np.quantile(drawn, [0.025, 0.975])
+        low, high = np.quantile([values[places].mean() for places in draws], [0.025, 0.975])
         return f"{values.mean():.3f} ({low:.3f} to {high:.3f})"
 
-    for rule in ("top", "top_all_steps", "longest", "rarest"):
+    for rule in ("top", "top_all_steps", "top_planted", "longest", "rarest"):
         lines.append(f"| {rule.replace('_', ' ')} | {interval(np.array([float(row[rule] == row['trigger']) for row in asked]))} |")
-    lines.append(f"| chance | {np.mean([1 / row['words'] for row in asked]):.3f} |")
+    lines.append(f"| chance among all words | {np.mean([1 / row['words'] for row in asked]):.3f} |")
+    lines.append(f"| chance among those planted | {1 / PLANTED:.3f} |")
     top, others = (np.array([row["plain"] - row[name] for row in asked]) for name in ("without_top_2", "without_2_others"))
     lines += ["", f"Copy similarity falls by {interval(top)} without the two words of highest score, by {interval(others)} without "
               f"two others; difference {interval(top - others)}."]  # fmt: skip
@@ -179,13 +195,13 @@ def main() -> None:
         return
 
     table_path = args.out / "significance.csv"
-    rows = kept(table_path, RECIPE)
+    rows = kept(table_path, MADE_BY)
 
     def make(seed: int) -> list[dict]:
-        made = work / f"rows-{seed}.json"
+        made = work / f"rows-{seed}-{MADE_BY}.json"
         if not made.exists():
             call(work / "log", __file__, f"--job={seed}", f"--work_dir={args.work_dir.resolve()}")
-        return [row | {"recipe": RECIPE} for row in json.loads(made.read_text())]
+        return [row | {"recipe": MADE_BY} for row in json.loads(made.read_text())]
 
     def save() -> None:
         rows.sort(key=lambda row: row["seed"])

@@ -111,6 +111,41 @@ def test_claims_are_paired_and_over_the_seeds_that_both_have(table):
     assert rows.seeds("a", own, module.ORACLE) == [311, 312]
 
 
+def test_taus_of_too_few_seeds_are_named_where_they_are_not_compared(table):
+    module, rows = table(
+        none=((0.4, 0.4, 0.4), {}),
+        tau_3=((0.0, 0.0), {"distinct_dropped": 0.6}),
+        tau_5=((0.1, 0.2, 0.3), {"distinct_dropped": 0.1}),
+        sightings_5=((0.1, 0.2), {}),
+        evidence_with_savings=((0.02, 0.05, 0.05), {"distinct_dropped": 0.1}),
+    )
+    fixed, other = [], []
+    for line in module.claims(rows, "a", module.EVIDENCE):
+        (fixed if "fixed tau" in line else other).append(line)
+    assert len(fixed) == 2 and all(line.endswith("; not compared, too few seeds: tau 3") for line in fixed)
+    assert not any("too few seeds" in line for line in other)
+
+
+def test_costs_are_measured_again_unless_all_rows_of_a_seed_are_of_the_present_recipes(benchmark, tmp_path):
+    costs, common = benchmark("evidence_costs"), benchmark("common")
+    table = tmp_path / "evidence_costs.csv"
+    rows = [
+        dict.fromkeys(costs.COLUMNS, 1.0)
+        | {"scenario": scenario, "method": method, "setting": setting, "seed": seed}
+        | {"recipe": costs.recipe(scenario, (method, setting))}
+        for scenario, seed in (("a", 320), ("a", 321), ("d", 320))
+        for method, setting in costs.COMPARED
+    ]
+    assert costs.current(table) == []
+    common.write_csv(table, costs.COLUMNS, rows)
+    assert len(costs.current(table)) == len(rows)
+    rows[-1]["recipe"] = "another"
+    common.write_csv(table, costs.COLUMNS, rows[1:])
+    assert {(row["scenario"], row["seed"]) for row in costs.current(table)} == {("a", "321")}
+    common.write_csv(table, costs.COLUMNS[:-1], [{name: row[name] for name in costs.COLUMNS[:-1]} for row in rows])
+    assert costs.current(table) == []
+
+
 def test_share_of_the_effect_is_of_evidence_without_savings(table, tmp_path):
     module, rows = table(
         none=((0.2, 0.4, 0.6), {}),
@@ -123,8 +158,17 @@ def test_share_of_the_effect_is_of_evidence_without_savings(table, tmp_path):
         "a,evidence,with savings,0.52,1.02\na,evidence,with savings,0.54,1.04\nd,evidence,with savings,1.1,1.2\n"
     )
     lines, both = module.effects(rows, tmp_path), [module.mean([0.52, 0.54]), module.mean([1.02, 1.04])]
-    assert f"| with savings | 3 | 0.90 | 0.150 | {both[1]} | 1.200 | {both[0]} | 1.100 |" in lines
-    assert "| without savings | 3 | 1.00 | 1.000 |  |  |  |  |" in lines
+    # of falls of 0.2, 0.4 and 0.6 all but 0.04 are left: the least and the most that three seeds drawn anew can give
+    own = f"0.90 ({1 - 0.04 / 0.2:.2f} to {1 - 0.04 / 0.6:.2f})"
+    assert f"| with savings | 3 | {own} | 0.150 | {both[1]} | 1.200 | {both[0]} | 1.100 |" in lines
+    assert "| without savings | 3 | 1.00 (1.00 to 1.00) | 1.000 |  |  |  |  |" in lines
+    assert lines[-2].endswith("has: none.")
+    (tmp_path / "evidence_costs.csv").write_text(
+        "scenario,method,setting,time_ratio,step_ratio\na,evidence,with savings,0.5,1.03\nd,evidence,with savings,1.1,1.1\n"
+    )
+    assert module.effects(rows, tmp_path)[-2].endswith("has: with savings.")
+    module.draw_costs(rows, tmp_path)
+    assert (tmp_path / "evidence_costs.png").stat().st_size > 10_000
 
 
 def test_rows_of_another_recipe_are_made_anew_and_ratios_of_time_are_by_seed(benchmark, tmp_path):
@@ -145,7 +189,7 @@ def test_rows_of_another_recipe_are_made_anew_and_ratios_of_time_are_by_seed(ben
 def study_of(module, **settings):
     rows = [
         {"method": name.partition("_")[0], "setting": name.partition("_")[2], "seed": seed, "memorization_rate": rate,
-         "agreement_distinct": agreement, "distinct_dropped": dropped}
+         "agreement_distinct": agreement, "agreement_duplicates": 0.9, "distinct_dropped": dropped}
         for name, (rates, agreement, dropped) in settings.items() for seed, rate in zip(SEEDS, rates, strict=True)
     ]  # fmt: skip
     return module.Study(pd.DataFrame(rows))
@@ -218,7 +262,7 @@ def test_detection_says_where_the_norm_is_behind_a_density(benchmark):
         {"method": method, "steps": steps, "n": n, "seed": seed, "auc": auc + 0.01 * seed, "tpr_at_1pct_fpr": tpr, "negative": 500}
         for method, steps, n, auc, tpr in (
             ("norm", "1", 1, 0.8, 0.5), ("norm", "all", 4, 0.8, 0.5), ("norm", "1", 4, 0.9, 0.6),
-            ("density_l2", "all", 4, 0.7, 0.55), ("loss", "all", 1, 0.99, 0.99),
+            ("density_l2", "all", 4, 0.7, 0.55), ("loss", "1", 1, 0.99, 0.99),
         )
         for seed in (1, 2)
     ]  # fmt: skip
