@@ -216,16 +216,21 @@ def test_bar_is_made_with_the_settings_of_the_run():
     assert bar(looks=15) < bar()
 
 
-def test_largest_evidence_is_that_of_the_rule_led_through_the_looks_one_key_at_a_time():
-    made = calibration(15, 24)
-    evidence = Evidence.of(made, 0.2, table_size=64)
-    found = made.largest_evidence(evidence, looks=20)
-    for key in range(10):
-        alone, slot, levels = Evidence(made.reference(), made.rho(0.7), math.inf, table_size=1), torch.tensor([0]), []
-        for look in range(20):
-            alone.update(encounters(slot, made.timesteps[5 + key, [look]], made.signals[5 + key, [look]]), 1)
-            levels.append(alone.evidence(slot).item())
-        assert found[key].item() == pytest.approx(max(levels), rel=1e-5)
+@pytest.mark.parametrize(("below", "gate"), [(0.4, 0.5), (0.7, 0.5), (1.0, 0.5), (0.7, -math.inf), (0.7, math.inf)])
+def test_largest_evidence_is_that_of_the_rule_led_through_the_looks_one_key_at_a_time(below, gate):
+    made = calibration(12, 24)
+    evidence = Evidence.of(made, 0.25, table_size=64, below=below, gate=gate)
+    assert torch.equal(evidence.rho, made.rho(below))
+    found, levels, settings = made.largest_evidence(evidence, looks=20), [], {"below": below, "gate": gate, "table_size": 1}
+    for key in range(4, 12):
+        alone, slot = Evidence(made.reference(), made.rho(below), math.inf, **settings), torch.tensor([0])
+        levels.append([])
+        for look in range(24):
+            step = encounters(slot, made.timesteps[key, [look]], made.signals[key, [look]])
+            levels[-1].append(alone.update(step, 1)[1].item())
+    assert found.tolist() == pytest.approx([max(some[:20]) for some in levels], rel=1e-5)
+    # (1 + 1) / (8 + 1) <= 0.25 < (2 + 1) / (8 + 1): one of the eight lies over the bar
+    assert evidence.flag_at == pytest.approx(sorted(map(max, levels))[6], rel=1e-5)
     assert not evidence.sums.any() and not evidence.flagged.any()  # the rule's own table is left alone
 
 

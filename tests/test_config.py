@@ -7,9 +7,14 @@ import shlex
 from pathlib import Path
 
 import pytest
+from simulated import calibration
 
+from memfilter.agc import LossRule
 from memfilter.arguments import parse
-from memfilter.config import Config, ConfigError, check
+from memfilter.config import Config, ConfigError, FilterConfig, check, make_filter
+from memfilter.evidence import Evidence
+from memfilter.keys import Census, Sightings
+from memfilter.threshold import FixedThreshold, TimestepThreshold
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 
@@ -329,3 +334,88 @@ def test_value_is_not_taken_from_the_next_setting():
         "qqqq is no setting, see --help",
         "train.sampels is no setting: did you mean train.samples?",
     ]
+
+
+# what a configuration makes
+
+CLEAN = calibration(148, 20)  # 49 keys for the reference, 99 for the bar
+
+
+def share_over_the_bar(made) -> float:
+    """p of a clean key that just reaches the bar: (1 + keys over it) / (1 + keys)."""
+    largest = CLEAN.largest_evidence(made.evidence)
+    assert len(largest) == 99
+    return (1 + int((largest >= made.evidence.flag_at).sum())) / 100
+
+
+EACH = ("tau", "timestep", "evidence", "agc", "sightings", "oracle")
+# setting: (another value than its default, the methods that use it, where the filter that is made holds it)
+HELD = {
+    "tau": (2.5, ("tau",), lambda made: made.threshold.tau),
+    "unit": ("rms", EACH, lambda made: made.unit),
+    "reduction": ("batch", EACH, lambda made: made.reduction),
+    "max_empty_steps": (7, EACH, lambda made: made.max_empty_steps),
+    "false_positive_rate": (0.11, ("timestep",), lambda made: made.threshold.false_positive_rate),
+    "false_flag_rate": (0.3, ("evidence",), share_over_the_bar),
+    "signals": (["loss", "gain"], ("evidence",), lambda made: list(made.evidence.weighing.strengths)),
+    "half_life": (3.0, ("evidence",), lambda made: made.evidence.weighing.half_life),
+    "gate": (0.9, ("evidence",), lambda made: made.evidence.gate),
+    "below": (0.8, ("evidence",), lambda made: made.evidence.below),
+    "replace": (False, ("evidence",), lambda made: made.evidence.replace),
+    "window": (123, ("timestep", "evidence"), lambda made: made.evidence.window),
+    "reference_share": (0.6, ("evidence",), lambda made: made.evidence.reference_share),
+    "reference_size": (33, ("timestep", "evidence"), lambda made: made.evidence.reference.size),
+    "table_size": (512, ("timestep", "evidence", "sightings"), lambda made: made.evidence.table_size),
+    "sightings": (5, ("sightings",), lambda made: made.evidence.k),
+    "loss_ratio": (1.7, ("agc",), lambda made: made.evidence.ratio),
+    "loss_decay": (0.6, ("agc",), lambda made: made.evidence.decay),
+}
+ELSEWHERE = {"method", "calibration", "key"}  # which filter is made; what is read before it; what the data is asked for
+
+
+def test_every_setting_of_the_filter_is_read_back_from_what_is_made():
+    settings = {setting.name for setting in dataclasses.fields(FilterConfig)}
+    assert HELD.keys() | ELSEWHERE == settings and not HELD.keys() & ELSEWHERE
+    defaults = FilterConfig()
+    assert all(getattr(defaults, name) != value for name, (value, _, _) in HELD.items())
+
+
+@pytest.mark.parametrize("method", EACH)
+def test_settings_reach_the_method_that_uses_them(method):
+    config = Config(filter=FilterConfig(method=method, **{name: value for name, (value, _, _) in HELD.items()}))
+    check(config)
+    made = make_filter(config, CLEAN, num_train_timesteps=500)
+    used = {name: (value, held(made)) for name, (value, methods, held) in HELD.items() if method in methods}
+    assert {name: found for name, (_, found) in used.items()} == {name: value for name, (value, _) in used.items()}
+    rules = {
+        "tau": (FixedThreshold, type(None)),
+        "timestep": (TimestepThreshold, Census),
+        "evidence": (FixedThreshold, Evidence),
+        "agc": (FixedThreshold, LossRule),
+        "sightings": (FixedThreshold, Sightings),
+        "oracle": (FixedThreshold, type(None)),
+    }
+    assert (type(made.threshold), type(made.evidence)) == rules[method]
+    assert made.judges_all == (method == "oracle") and made.active == (method != "oracle")
+    if method == "timestep":
+        assert made.threshold.reference is made.evidence.reference
+    elif method != "tau":
+        assert made.threshold.tau == math.inf  # tau has no effect
+    if method == "agc":
+        assert len(made.evidence.means) == 500
+
+
+@pytest.mark.parametrize(
+    ("method", "samples", "window"),
+    [("evidence", 16_000, 1600), ("timestep", 16_000, 1600), ("timestep", 9, 1), ("timestep", 0, 1)],
+)
+def test_window_is_a_tenth_of_the_samples_unless_it_is_given(method, samples, window):
+    config = Config(filter=FilterConfig(method=method, table_size=64))
+    config.train.samples = samples
+    assert make_filter(config, CLEAN).evidence.window == window
+
+
+@pytest.mark.parametrize(("method", "gate", "share"), [("evidence", 0.5, 0.3), ("evidence", -math.inf, 1), ("timestep", 0.5, 1)])
+def test_all_keys_pay_for_the_reference_where_the_null_pass_is_made_for_all(method, gate, share):
+    config = Config(filter=FilterConfig(method=method, gate=gate, reference_share=0.3, table_size=64))
+    assert make_filter(config, CLEAN).evidence.reference_share == share

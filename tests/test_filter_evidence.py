@@ -183,6 +183,25 @@ def test_flagged_key_is_left_out_at_every_timestep(tiny_unet, tiny_batch, t, tel
     assert metrics["filter/drop_rate"] == pytest.approx(2 / 6) and "filter/pass_share" not in metrics
 
 
+def test_flagged_key_is_left_out_where_its_caption_was_dropped_too(tiny_unet, tiny_batch):
+    bare, (x, t, e, target) = tiny_unet(), tiny_batch(size=6)
+    evidence = evidence_of(gate=-math.inf, readmit_below=-9.0)
+    flag(evidence, "bee", "fox")
+    mem_filter = MemFilter(evidence=evidence)
+    unet = mem_filter.wrap(copy.deepcopy(bare), null=NULL)
+    mem_filter.batch(keys=KEYS, caption_dropped=[key in ("bee", "cat") for key in KEYS])
+    out = unet(x, t, e)
+    loss = mem_filter.loss(out.sample, target)
+    rows = [0, 2, 3, 4]  # cat among them, which nobody flagged
+    assert out.keep.nonzero().flatten().tolist() == rows
+    torch.testing.assert_close(loss, mse_loss(bare(x, t, e).sample[rows], target[rows]), rtol=1e-5, atol=0)
+    loss.backward()
+    assert mem_filter.before_step(adamw(unet))
+    assert mem_filter.verdict.skipped == [None, "caption dropped", "caption dropped", None, None, None]
+    assert not evidence.counts[evidence.slots(["bee", "cat"])].any()  # what was shown says nothing of them
+    assert mem_filter.metrics()["filter/dropped"] == 2 and evidence.flagged.sum() == 2
+
+
 def test_key_that_is_flagged_by_a_step_is_left_out_from_the_next_one_on(tiny_unet, tiny_batch):
     evidence = evidence_of(gate=-math.inf, flag_at=-math.inf, readmit_below=-math.inf)  # whoever comes is flagged
     mem_filter = MemFilter(evidence=evidence)

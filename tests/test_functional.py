@@ -4,7 +4,17 @@ import torch
 from diffusers import DDPMScheduler
 from diffusers.training_utils import compute_snr
 
-from memfilter.functional import flow_noise_factor, keep_mask, masked_loss, min_snr_weight, noise_factor, text_norm
+from memfilter.functional import (
+    flow_noise_factor,
+    keep_mask,
+    log_gain,
+    masked_loss,
+    min_snr_weight,
+    noise_factor,
+    squared_error,
+    text_cosine,
+    text_norm,
+)
 
 SHAPES = [(1, 4, 8, 8), (3, 4, 64, 64), (5, 16, 6, 10), (7, 3), (2, 4, 3, 8, 8)]
 
@@ -58,6 +68,56 @@ def test_double_precision_stays_double():
     cond, null = torch.randn(2, 3, 4, 8, 8, dtype=torch.float64)
     assert text_norm(cond, null).dtype == torch.float64
     np.testing.assert_allclose(text_norm(cond, null), paper_norm(cond, null), rtol=1e-14)
+
+
+# squares of 300 overflow fp16, and bf16 cannot count to 16384; numpy in fp64 sees the rounded numbers
+PRECISE = {torch.float16: 1e-5, torch.bfloat16: 1e-5, torch.float32: 1e-5, torch.float64: 1e-12}
+
+
+def rounded(dtype) -> list[tuple[torch.Tensor, np.ndarray]]:
+    """Three predictions [3, 4, 64, 64] that have much in common, as they are and as [3, N] in float64."""
+    common = 300 + torch.rand(3, 4, 64, 64, dtype=torch.float64)
+    shares = torch.tensor([-0.5, 0.01, 2.0], dtype=torch.float64).view(3, 1, 1, 1)
+    noise = 100 * torch.randn(3, *common.shape, dtype=torch.float64)
+    made = [part.to(dtype) for part in (common * (1 + shares) + noise[0], common + noise[1], noise[2])]
+    return [(part, part.double().numpy().reshape(3, -1)) for part in made]
+
+
+def assert_precise(found, expected, dtype):
+    assert found.dtype == torch.promote_types(dtype, torch.float32)
+    np.testing.assert_allclose(found, expected, rtol=PRECISE[dtype], atol=PRECISE[dtype])  # what is near 0 is a difference
+
+
+@pytest.mark.parametrize("dtype", PRECISE, ids=str)
+def test_text_cosine_is_that_between_the_conditional_part_and_the_null_prediction(dtype):
+    (cond, a), (null, b), _ = rounded(dtype)
+    expected = ((a - b) * b).sum(1) / np.sqrt(((a - b) ** 2).sum(1) * (b**2).sum(1))
+    assert expected.min() < -0.5 and expected.max() > 0.5
+    assert_precise(text_cosine(cond, null), expected, dtype)
+    assert text_cosine(cond, cond).tolist() == [0] * 3  # no conditional part: 0, not NaN
+
+
+@pytest.mark.parametrize("dtype", PRECISE, ids=str)
+def test_squared_error_is_the_mean_of_squares_per_sample(dtype):
+    (pred, a), _, (target, b) = rounded(dtype)
+    assert_precise(squared_error(pred, target), ((a - b) ** 2).mean(1), dtype)
+
+
+@pytest.mark.parametrize("dtype", PRECISE, ids=str)
+def test_gain_is_the_logarithm_of_the_null_errors_ratio_to_the_conditional_one(dtype):
+    (cond, a), (null, b), (target, c) = rounded(dtype)
+    expected = np.log(((b - c) ** 2).mean(1) / ((a - c) ** 2).mean(1))
+    assert expected.min() < -0.5 and expected.max() > 0.5
+    assert_precise(log_gain(squared_error(cond, target), squared_error(null, target)), expected, dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_gain_at_an_error_of_zero_is_that_of_the_smallest_number(dtype):
+    error, zero = torch.tensor([1e-3, 1.0, 40.0], dtype=dtype), torch.zeros(3, dtype=dtype)
+    expected = np.log(error.double().numpy()) - np.log(float(torch.finfo(dtype).tiny))
+    np.testing.assert_allclose(log_gain(zero, error), expected, rtol=1e-6)
+    np.testing.assert_allclose(log_gain(error, zero), -expected, rtol=1e-6)
+    assert log_gain(zero, zero).tolist() == [0] * 3
 
 
 @pytest.mark.parametrize("tau", [0.5, 3.0, 5.0, 13.0, float("inf")])

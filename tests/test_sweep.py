@@ -8,8 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from functools import lru_cache
 from pathlib import Path
 
@@ -253,6 +252,17 @@ def sweep(tmp_path, scenes_dir, base):
     return make
 
 
+@contextmanager
+def started(command, errors=subprocess.DEVNULL):
+    """A sweep's process, of which nothing is left afterwards."""
+    process = subprocess.Popen(command, cwd=ROOT, env=ENVIRONMENT, stderr=errors)
+    try:
+        yield process
+    finally:
+        with suppress(psutil.NoSuchProcess):
+            launching.kill(process)
+
+
 EVALUATE = "--evaluate=--distinct=1 --seeds=2 --steps=2"
 
 
@@ -286,17 +296,15 @@ def test_wandb_agent_and_this_make_the_same_weights_and_the_table_says_what_came
 def test_sweep_that_was_killed_goes_on_and_a_run_that_fails_fails_it(sweep, tmp_path):
     # the first run is killed in its midst; all is dropped at 0.001, which is an error after three steps
     parameters = {"filter.max_empty_steps": {"value": 3}, "filter.tau": {"values": [3.0, 0.001]}}
-    command = [sys.executable, "-m", "memfilter.cli", "sweep", sweep("runs", 160, **parameters), "--out", tmp_path / "out", EVALUATE]
-    process = subprocess.Popen(command, cwd=ROOT, env=ENVIRONMENT, stderr=subprocess.DEVNULL)
-    deadline = time.monotonic() + 240
-    while not (made := list(tmp_path.glob("runs/*/checkpoints/[0-9]*3[0-9]"))) and time.monotonic() < deadline:
-        time.sleep(0.05)
-    children = psutil.Process(process.pid).children(recursive=True)
-    process.kill()
-    for child in children:
-        with suppress(psutil.NoSuchProcess):
-            child.kill()
-    process.wait()
+    command = [sys.executable, "-m", "memfilter.cli", "sweep", sweep("runs", 240, **parameters), "--out", tmp_path / "out", EVALUATE]
+    with started(command) as process:
+        made = launching.wait_until(lambda: list(tmp_path.glob("runs/*/checkpoints/[0-9]*")), process)
+        children = psutil.Process(process.pid).children(recursive=True)
+        process.kill()
+        for child in children:
+            with suppress(psutil.NoSuchProcess):
+                child.kill()
+        process.wait()
     run = made[0].parents[1]
     assert children and not (run / "summary.json").exists()
     done = subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True)
@@ -311,15 +319,12 @@ def test_sweep_that_was_killed_goes_on_and_a_run_that_fails_fails_it(sweep, tmp_
 
 def test_stopping_the_sweep_stops_its_runs(sweep, tmp_path):
     command = [sys.executable, "-m", "memfilter.cli", "sweep", sweep("runs", samples=80_000), "--out", tmp_path / "out"]
-    with (tmp_path / "errors").open("w") as errors:
-        process = subprocess.Popen(command, cwd=ROOT, env=ENVIRONMENT, stderr=errors)
-    deadline = time.monotonic() + 120
-    while not list(tmp_path.glob("runs/*/checkpoints/[0-9]*")) and time.monotonic() < deadline:
-        time.sleep(0.1)
-    children = psutil.Process(process.pid).children(recursive=True)
-    assert children
-    process.send_signal(signal.SIGTERM)
-    assert process.wait(timeout=60) == 130
+    with (tmp_path / "errors").open("w") as errors, started(command, errors) as process:
+        launching.wait_until(lambda: list(tmp_path.glob("runs/*/checkpoints/[0-9]*")), process)
+        children = psutil.Process(process.pid).children(recursive=True)
+        assert children
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(timeout=120) == 130
     assert (tmp_path / "errors").read_text().endswith("interrupted\n") and "Traceback" not in (tmp_path / "errors").read_text()
     launching.wait_for_end_of(children, seconds=1)  # it has waited for them
 

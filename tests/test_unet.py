@@ -123,6 +123,28 @@ def test_sdxl_null_pass_replaces_text_embeds_and_keeps_time_ids(tiny_unet, tiny_
     assert given["text_embeds"] is pooled  # the caller's mapping is left alone
 
 
+def test_null_pass_of_some_rows_is_theirs_of_the_whole_with_everything_that_sdxl_is_given(tiny_unet, tiny_batch):
+    bare, (x, t, e, _), rows, judged = tiny_unet(**SDXL), tiny_batch(), [1, 3], []
+    pooled, null_pooled, time_ids = torch.randn(4, 12), torch.randn(12), torch.randint(64, (4, 6)).float()
+    null = {"encoder_hidden_states": NULL, "added_cond_kwargs": {"text_embeds": null_pooled}}
+
+    def judge(cond, null, timesteps, rows):
+        judged.append((null, rows))
+        return torch.zeros(len(cond)), torch.ones(len(cond), dtype=torch.bool)
+
+    given = {"text_embeds": pooled, "time_ids": time_ids}
+    wrapped = FilteredUNet(copy.deepcopy(bare), null, judge, lambda size: rows)
+    out = wrapped(x, t, e, added_cond_kwargs=given)
+    whole = bare(x, t, NULL.repeat(4, 1, 1), added_cond_kwargs={
+        "text_embeds": null_pooled.expand(4, -1), "time_ids": time_ids}).sample  # fmt: skip
+    ((found, of),) = judged
+    assert of == rows and found.shape == (2, 4, 8, 8)
+    torch.testing.assert_close(found, whole[rows], rtol=1e-4, atol=1e-5)
+    assert (whole[rows] - whole[[0, 2]]).abs().max() > 0.1  # another row's would not do
+    assert torch.equal(out.sample, bare(x, t, e, added_cond_kwargs=given).sample)
+    assert given["text_embeds"] is pooled and given["time_ids"] is time_ids
+
+
 def test_null_is_no_parameter_moves_with_the_module_and_is_a_copy(tiny_unet, judge):
     null = NULL.clone().requires_grad_()
     bare = tiny_unet()

@@ -13,6 +13,7 @@ import launching
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import tiny
 import torch
 from datasets import Dataset, DatasetDict, Features, Image, Value
 from PIL import Image as Pictures
@@ -522,8 +523,9 @@ def test_index_beside_a_stream_is_left_alone_and_told(tmp_path, scenes_dir, capl
 
 
 def test_two_processes_share_a_stream(tmp_path, tars):
-    settings = {"run_dir": tmp_path / "run", "data.path": tars, "data.streaming": "webdataset", "data.workers": 2,
-                "data.shuffle_buffer": 8, "filter.tau": 2.5, "filter.reduction": "kept_global", "train.samples": 48,
+    base = tiny.save_pipeline(tmp_path / "base", "sd1")
+    settings = {"run_dir": tmp_path / "run", "model.path": base, "data.path": tars, "data.streaming": "webdataset",
+                "data.workers": 1, "data.shuffle_buffer": 8, "filter.tau": 1.3, "filter.reduction": "kept_global", "train.samples": 48,
                 "train.batch_size": 3, "log.every": 24}  # fmt: skip
     launching.run([f"--{name}={value}" for name, value in settings.items()], processes=2)
     rows = pq.read_table(tmp_path / "run" / "audit.parquet").to_pylist()

@@ -81,10 +81,8 @@ def kill_at(moment, out, settings, processes: int | None, choose=family) -> None
 
 def moments(number: int) -> list[tuple[int, float]]:
     """The first is as soon as there is a directory."""
-    rng = random.Random()
-    drawn = [(rng.randrange(2, SHARDS // (number + 1)), rng.random() / 50) for _ in range(number - 1)]
-    print("killed at", drawn)
-    return [(0, 0.0), *drawn]
+    rng = random.Random(number)
+    return [(0, 0.0), *((rng.randrange(2, SHARDS // (number + 1)), rng.random() / 50) for _ in range(number - 1))]
 
 
 def test_process_that_is_killed_anywhere_is_made_good(command, whole, tmp_path):

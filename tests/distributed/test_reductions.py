@@ -1,4 +1,5 @@
-"""kept_global: the gradients of an optimizer step do not depend on how its samples are split."""
+"""kept_global: the gradients of an optimizer step do not depend on how its samples are split; of the other reductions they
+are the mean over the parts. The weights of all ranks stay the same."""
 
 import math
 
@@ -105,9 +106,50 @@ def _rank(make_unet, make_batch, taus: dict[str, float]) -> None:
                     mem_filter.loss(unet(latents, timesteps, embeds).sample, target).backward()
             found = gradients(unet, mem_filter, optimizer, [last], torch.Tensor.backward)
             assert_same(found, expected(make_unet, batch, tau))
+    for reduction in ("kept", "batch"):
+        for keeps in ("some", "one side", "none"):
+            check_mean_over_parts(make_unet, batch, 2, taus[keeps], reduction, moves=keeps != "none")
 
 
-def test_two_ranks_give_the_gradients_of_one_process(tiny_unet, tiny_batch):
+def check_mean_over_parts(make_unet, batch, size: int, tau: float, reduction: str, moves: bool) -> None:
+    """One step of two ranks; every part is a micro-batch of one of them, and its loss is divided by their number."""
+    parts = list(split(list(split(batch, BATCH // 2))[dist.get_rank()], size))
+    mem_filter = MemFilter(tau, reduction=reduction)
+    unet = DistributedDataParallel(mem_filter.wrap(make_unet(), null=torch.zeros(5, 16)))
+    optimizer = torch.optim.SGD(unet.parameters(), lr=0.1)
+    with unet.no_sync():
+        for latents, timesteps, embeds, target in parts[:-1]:
+            (mem_filter.loss(unet(latents, timesteps, embeds).sample, target) / len(parts)).backward()
+    found = gradients(unet, mem_filter, optimizer, parts[-1:], lambda loss: (loss / len(parts)).backward())
+    assert_same(found, expected_mean(make_unet, batch, size, tau, reduction))
+
+    optimizer.step()
+    weights = torch.cat([p.detach().flatten() for p in unet.parameters()])
+    both = [torch.empty_like(weights) for _ in range(2)]
+    dist.all_gather(both, weights)
+    assert torch.equal(*both)
+    before = torch.cat([p.detach().flatten() for p in make_unet().parameters()])
+    assert torch.equal(weights, before) != moves
+
+
+def expected_mean(make_unet, batch, size: int, tau: float, reduction: str) -> list[torch.Tensor | None]:
+    """By hand, in one process: the mean over all parts of each part's own masked mean, 0 where it keeps nothing."""
+    unet, (latents, timesteps, embeds, target) = make_unet(), batch
+    with torch.no_grad():
+        null = unet(latents, timesteps, torch.zeros(len(latents), 5, 16)).sample
+    pred = unet(latents, timesteps, embeds).sample
+    keep = (pred.detach() - null).flatten(1).norm(dim=1) < tau
+    if not keep.any():
+        return [None for _ in unet.parameters()]
+    errors, total = (pred - target).square().flatten(1).mean(1), 0.0
+    for part, kept in zip(errors.split(size), keep.split(size), strict=True):
+        if kept.any():
+            total = total + part[kept].sum() / (kept.sum() if reduction == "kept" else size)
+    (total / (BATCH // size)).backward()
+    return [p.grad for p in unet.parameters()]
+
+
+def test_two_ranks_give_the_gradients_of_one_process_and_stay_the_same(tiny_unet, tiny_batch):
     debug_launcher(_rank, args=(tiny_unet, tiny_batch, thresholds(tiny_unet, tiny_batch)), num_processes=2)
 
 

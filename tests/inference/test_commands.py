@@ -3,7 +3,6 @@
 import json
 import os
 import re
-import subprocess
 import sys
 from pathlib import Path
 
@@ -192,13 +191,11 @@ def test_help_says_all_that_a_command_says_of_itself(capsys):
     assert "share of clean prompts that may be called memorized." in told
 
 
-def test_without_a_terminal_there_are_brackets_and_no_colours(directory):
-    done = subprocess.run(
-        [sys.executable, "-m", "memfilter.cli", "explain", directory, "a red dog", "--seeds=1", *SMALL],
-        capture_output=True, text=True, check=True,
-    )  # fmt: skip
-    first = done.stdout.splitlines()[0]
-    assert "[" in first and "\033" not in done.stdout
+def test_without_a_terminal_there_are_brackets_and_no_colours(directory, capfd):
+    assert main(["explain", str(directory), "a red dog", "--seeds=1", *SMALL]) == 0
+    told = capfd.readouterr().out
+    first = told.splitlines()[0]
+    assert "[" in first and "\033" not in told
     assert first.replace("[", "").replace("]", "") == "a red dog"
 
 

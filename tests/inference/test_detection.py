@@ -125,20 +125,24 @@ def test_loss_is_that_of_the_training_objective_on_the_own_picture(pipeline):
     assert not np.allclose(found, other)
 
 
-def test_loss_at_a_known_noise(pipeline, monkeypatch):
-    """Against the objective written out once more, at one timestep; noising and target are the scheduler's."""
-    batch = [Job(0, PROMPTS[0], 0)]
+def test_loss_is_the_mean_over_its_timesteps_each_at_a_known_noise(pipeline, monkeypatch):
+    """Against the objective written out once more; noising and target are the scheduler's."""
+    batch = [Job(0, PROMPTS[0], 0), Job(1, PROMPTS[1], 2)]
     pictures = generate_batch(pipeline, batch, *FORM)
-    monkeypatch.setattr(rivals, "LOSS_AT", (300,))
-    found, scheduler, at = own_loss(pipeline, batch, pictures, FORM), pipeline.scheduler, torch.tensor([300])
+    monkeypatch.setattr(rivals, "LOSS_AT", (300, 700))
+    found, scheduler, losses = own_loss(pipeline, batch, pictures, FORM), pipeline.scheduler, []
     with torch.no_grad():
         pixels = torch.from_numpy(pictures / 127.5 - 1).permute(0, 3, 1, 2).float()
         latents = pipeline.vae.encode(pixels).latent_dist.mean * pipeline.vae.config.scaling_factor
-        noise = torch.randn(latents.shape, generator=fresh_generator(batch[0], 0))
-        target = noise if scheduler.config.prediction_type == "epsilon" else scheduler.get_velocity(latents, noise, at)
         cond = first_calls(pipeline, 1, **arguments_of(batch, *FORM))[0].cond | {"return_dict": True}
-        pred = pipeline.unet(scheduler.add_noise(latents, noise, at), 300, **cond).sample
-    assert found[0] == pytest.approx(float(((pred - target) ** 2).mean()), rel=1e-4)
+        for place, at in enumerate((300, 700)):
+            drawn = [torch.randn(latents.shape[1:], generator=fresh_generator(job, place)) for job in batch]
+            noise, when = torch.stack(drawn), torch.tensor([at] * 2)
+            target = noise if scheduler.config.prediction_type == "epsilon" else scheduler.get_velocity(latents, noise, when)
+            pred = pipeline.unet(scheduler.add_noise(latents, noise, when), at, **cond).sample
+            losses.append(((pred - target) ** 2).mean((1, 2, 3)).numpy())
+    assert np.abs(losses[0] / losses[1] - 1).min() > 1e-3
+    assert found == pytest.approx((losses[0] + losses[1]) / 2, rel=1e-4)
 
 
 def test_noise_of_the_loss_is_not_what_the_picture_was_made_from():

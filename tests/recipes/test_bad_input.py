@@ -12,6 +12,7 @@ import tarfile
 import zlib
 from pathlib import Path
 
+import launching
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -43,17 +44,24 @@ def command(script, capfd, monkeypatch):
     return run
 
 
-def process(*arguments, **environment):
+def process(*arguments):
     """The command as a user starts it: (exit code, lines of stderr)."""
     done = subprocess.run(
         [sys.executable, "train_filtered.py", *map(str, arguments)],
         cwd=ROOT,
         capture_output=True,
         text=True,
-        env={name: value for name, value in os.environ.items() if not name.startswith("WANDB")} | environment,
+        env={name: value for name, value in os.environ.items() if not name.startswith("WANDB")},
     )
     assert "Traceback" not in done.stderr
     return done.returncode, done.stderr.splitlines()
+
+
+def refused(*arguments, **environment):
+    """The command in a process of its own, which exits with 1: what it printed, in lines."""
+    output = launching.run(arguments, processes=None, code=1, **environment)
+    assert "Traceback" not in output
+    return output.splitlines()
 
 
 def errors(lines):
@@ -260,10 +268,8 @@ def test_wandb_online_without_a_good_key_is_refused_before_a_model_is_loaded(
     tmp_path, scenes_dir, environment, message
 ):
     arguments = [f"--run_dir={tmp_path / 'run'}", f"--data.path={scenes_dir}", "--log.wandb=online"]
-    home = {"HOME": str(tmp_path), "NETRC": str(tmp_path / "netrc")}
-    code, lines = process(*arguments, "--model.path=nowhere", **home | environment)
-    assert code == 1
-    (line,) = errors(lines)
+    home = {"HOME": str(tmp_path), "NETRC": str(tmp_path / "netrc"), "WANDB_API_KEY": ""}
+    (line,) = errors(refused(*arguments, "--model.path=nowhere", **home | environment))
     assert line.startswith(message) and "WANDB_API_KEY" in line
     assert not (tmp_path / "run").exists()
 
@@ -316,9 +322,7 @@ def test_what_cannot_be_read_is_left_out_listed_and_counted(command, tmp_path, p
 def test_too_many_unreadable_samples_end_the_run_with_a_list_and_leave_readable_files(tmp_path, pictures):
     bad = {key: {"png": b"no picture"} for key in ("01", "04", "09", "12", "20")}
     data, run = write_folder(tmp_path / "data", pictures | bad), tmp_path / "run"
-    code, lines = process(*arguments(run, data, "--data.max_bad_share=0.05"))  # 2.4 of 48
-    assert code == 1
-    first, *listed = errors(lines)
+    first, *listed = errors(refused(*arguments(run, data, "--data.max_bad_share=0.05")))  # 2.4 of 48
     assert "samples could not be read" in first and "data.max_bad_share" in first
     rows = [json.loads(line) for line in (run / "bad_samples.jsonl").read_text().splitlines()]
     assert len(rows) == len(listed) >= 3

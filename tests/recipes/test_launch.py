@@ -353,7 +353,8 @@ def requeued(tmp_path) -> list[str]:
 
 def test_slurm_job_is_requeued_before_its_time_is_up_and_goes_on_to_its_end(settings, slurm, tmp_path):
     there = tmp_path / "run"
-    command = script("slurm.sbatch", *settings(there, "--data.workers=1", "--log.wandb=offline", samples=400))
+    more = ("--data.workers=1", "--log.wandb=offline", "--checkpoint.every=16000")  # the signal makes one of its own
+    command = script("slurm.sbatch", *settings(there, *more, samples=80_000))
     with started(command, launching.ROOT, **CPU, **slurm) as process:
         launching.wait_until(has_begun(there), process)
         job_step = [p for p in psutil.Process(process.pid).children(recursive=True) if p.name() not in ("bash", "srun")]
@@ -364,11 +365,12 @@ def test_slurm_job_is_requeued_before_its_time_is_up_and_goes_on_to_its_end(sett
     assert process.returncode == 75, output
     assert " samples: go on from" in output and requeued(tmp_path) == ["requeue 7"]
     stopped = launching.lines(there / "metrics.jsonl")[-1]["samples"]
-    assert 8 <= stopped < 400
+    assert 8 <= stopped < 80_000
+    command = script("slurm.sbatch", *settings(there, *more, samples=stopped + 16))
     output = run(command, launching.ROOT, **CPU, **slurm)
     assert f"goes on from {there}/checkpoints/{stopped:012d}" in output and requeued(tmp_path) == ["requeue 7"]
-    assert world(there) == ("DDP or one process", 2, 400)
-    assert [row["samples"] for row in launching.lines(there / "metrics.jsonl")] == list(range(8, 401, 8))
+    assert world(there) == ("DDP or one process", 2, stopped + 16)
+    assert [row["samples"] for row in launching.lines(there / "metrics.jsonl")] == list(range(8, stopped + 17, 8))
 
 
 @pytest.mark.parametrize(("code", "state", "requeues"), [

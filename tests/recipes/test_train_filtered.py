@@ -1,11 +1,11 @@
-"""The real command: what a run leaves. How it refuses is in test_bad_input."""
+"""The command: what a run leaves. How it refuses is in test_bad_input."""
 
 import json
 import subprocess
 import sys
 import time
-from pathlib import Path
 
+import launching
 import pyarrow.parquet as pq
 import pytest
 from diffusers import StableDiffusionPipeline
@@ -13,26 +13,15 @@ from huggingface_hub import ModelCard
 
 from memfilter.arguments import parse
 
-ROOT = Path(__file__).resolve().parents[2]
 SETTINGS = (
     "--train.samples=64", "--train.accumulation=2", "--filter.tau=2.5", "--log.every=16", "--log.wandb=offline"
 )  # fmt: skip
 
 
-def train_filtered(*arguments):
-    return subprocess.run(
-        [sys.executable, "train_filtered.py", *map(str, arguments)],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-    )
-
-
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory, scenes_dir):
     run = tmp_path_factory.mktemp("runs") / "run"
-    done = train_filtered(f"--run_dir={run}", f"--data.path={scenes_dir}", *SETTINGS)
-    assert done.returncode == 0, done.stderr
+    launching.run([f"--run_dir={run}", f"--data.path={scenes_dir}", *SETTINGS], processes=None)
     return run
 
 
@@ -68,16 +57,16 @@ def test_card_and_page_say_what_the_summary_says(finished):
 
 def test_second_run_into_the_same_directory_is_refused_and_loses_nothing(finished, scenes_dir):
     before = (finished / "metrics.jsonl").read_bytes()
-    done = train_filtered(f"--run_dir={finished}", f"--data.path={scenes_dir}")
-    assert done.returncode == 1
-    assert "is not empty" in done.stderr
+    output = launching.run([f"--run_dir={finished}", f"--data.path={scenes_dir}"], processes=None, code=1)
+    assert "is not empty" in output
     assert (finished / "metrics.jsonl").read_bytes() == before
 
 
 def test_help_names_every_section_within_three_seconds():
-    train_filtered("--help")  # the first call compiles and reads from disk
+    command = [sys.executable, "train_filtered.py", "--help"]
+    subprocess.run(command, cwd=launching.ROOT, capture_output=True)  # the first call compiles and reads from disk
     start = time.perf_counter()
-    done = train_filtered("--help")
+    done = subprocess.run(command, cwd=launching.ROOT, capture_output=True, text=True)
     assert time.perf_counter() - start < 3
     assert done.returncode == 0
     assert all(

@@ -377,6 +377,15 @@ def test_stream_that_cannot_be_looked_ahead_in_masks_what_is_flagged(settings, t
     assert all(row["loss"] is not None for row in rows)
     flagged = [row for row in rows if row["skipped"] == "flagged"]
     assert len(flagged) > 20 and not any(row["keep"] for row in flagged)
+    # a row without its caption changes nothing of its key: it is kept if the key's rows around it are, and only then
+    silent, masked = [row for row in rows if row["skipped"] == "caption dropped"], []
+    for row in silent:
+        others = [other for other in rows if other["key"] == row["key"] and other not in silent]
+        before = [other["keep"] for other in others if other["position"] < row["position"]][-1]
+        after = [other["keep"] for other in others if other["position"] > row["position"]][0]
+        assert row["keep"] == before or before != after
+        masked += [row] if not (before or after) else []
+    assert 0 < len(masked) < len(silent)
     assert summary["filter/seen"] == SAMPLES and summary["filter/dropped"] >= len(flagged)
 
 
