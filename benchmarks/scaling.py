@@ -39,10 +39,11 @@ SDXL = {
 }  # fmt: skip
 MODELS, BATCH = {"SD 1.4": SD14, "SDXL": SDXL}, {"SD 1.4": 8, "SDXL": 2}  # samples per device, those of configs/
 DTYPES, YES = {True: "fp32, autocast", False: "bf16"}, {False: "no", True: "yes"}
-# bytes per parameter of states and of the update's fp32 temporaries; stage of ZeRO, -1 for DDP; DeepSpeed's buckets
+# bytes per parameter of states and of the update's temporaries (fused AdamW has none, ZeRO a copy of the gradients in fp32);
+# stage of ZeRO, -1 for DDP; DeepSpeed's buckets
 Setup = namedtuple("Setup", "weights gradients optimizer ema update stage buckets")
-SETUPS = {"DDP, AdamW": Setup(4, 4, 8, 4, 4, -1, 0), "DDP, 8-bit AdamW": Setup(4, 4, 2, 4, 0, -1, 0)}
-SETUPS |= {f"ZeRO-{n}": Setup(2, 2, 12, 4 if n < 3 else 0, 8, n, (0, 1, 2, 1)[n]) for n in range(4)}
+SETUPS = {"DDP, AdamW": Setup(4, 4, 8, 4, 0, -1, 0), "DDP, 8-bit AdamW": Setup(4, 4, 2, 4, 0, -1, 0)}
+SETUPS |= {f"ZeRO-{n}": Setup(2, 2, 12, 4 if n < 3 else 0, 4, n, (0, 1, 2, 1)[n]) for n in range(4)}
 SETUPS["ZeRO-2, no EMA"] = SETUPS["ZeRO-2"]._replace(ema=0)
 
 
