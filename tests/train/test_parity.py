@@ -14,7 +14,7 @@ from memfilter.data.shards import Shards
 from memfilter.pipelines import load_pipeline
 from memfilter.train.loop import train
 
-STEPS, BATCH, LR, SEED, TAU, MAX_GRAD_NORM = 50, 3, 1e-4, 7, 2.2, 1.1
+STEPS, BATCH, LR, SEED, TAU, MAX_GRAD_NORM = 50, 3, 1e-5, 7, 2.5, 1.5
 SIZE = 32  # of the scenes, which are encoded as they are
 
 
