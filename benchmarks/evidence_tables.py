@@ -14,7 +14,7 @@ from collections import defaultdict
 from pathlib import Path
 
 import numpy as np
-from common import ROOT, half_width, mean, parser, write_text
+from common import half_width, mean, parser, write_text
 
 NAMES = {
     "a": "(a) 20 duplicates shown 200 times, 2,000 others once",

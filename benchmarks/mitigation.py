@@ -104,7 +104,7 @@ def compared(rows: pd.DataFrame, draws: int = 500) -> list[str]:
     rng = np.random.default_rng(0)
     parts = {seed: {key: part for key, part in of_seed.groupby(["duplicate", "prompt"])} for seed, of_seed in rows.groupby("seed")}
 
-    def drawn(number: int) -> pd.DataFrame:
+    def drawn() -> pd.DataFrame:
         """Of models, and of the memorized and the distinct prompts of each, as many as there are, drawn anew."""
         chosen = []
         for place, seed in enumerate(rng.choice([*parts], len(parts))):
@@ -114,7 +114,7 @@ def compared(rows: pd.DataFrame, draws: int = 500) -> list[str]:
                 chosen.append(pd.concat(again).assign(seed=place))
         return by_model(pd.concat(chosen))
 
-    again, lines = [drawn(number) for number in range(draws)], []
+    again, lines = [drawn() for _ in range(draws)], []
     for name in ("agreement duplicates", "agreement distinct"):
         found = copies_less(by_model(rows), name)
         low, high = np.nanquantile([copies_less(models, name) for models in again], [0.025, 0.975])

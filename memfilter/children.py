@@ -74,13 +74,15 @@ class Children:
     def stop(self) -> None:
         """They are told to end, which makes a checkpoint of a run."""
         self.is_stopping = True
-        with self._lock:
-            self._stopped = True
-            for child in self._running:
-                with suppress(ProcessLookupError, psutil.NoSuchProcess):  # it has just ended
-                    self._told += psutil.Process(child.pid).children(recursive=True)
-                    os.killpg(child.pid, signal.SIGTERM)
-        self.is_stopping = False
+        try:
+            with self._lock:
+                self._stopped = True
+                for child in self._running:
+                    with suppress(ProcessLookupError, psutil.NoSuchProcess):  # it has just ended
+                        self._told += psutil.Process(child.pid).children(recursive=True)
+                        os.killpg(child.pid, signal.SIGTERM)
+        finally:
+            self.is_stopping = False
 
     def wait(self) -> None:
         """Until those that were told to end have: accelerate's launcher ends at once, and the run is making its checkpoint."""

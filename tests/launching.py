@@ -192,7 +192,7 @@ def _runs(process: psutil.Process) -> bool:
         return False
 
 
-def wait_until(condition, process: subprocess.Popen, seconds: float = 300, every: float = 0.002):
+def wait_until(condition, process: subprocess.Popen, seconds: float = 120, every: float = 0.002):
     """What the condition gives, once that is something."""
     end = time.monotonic() + seconds
     while not (found := condition()):

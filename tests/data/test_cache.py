@@ -31,8 +31,8 @@ from memfilter.config import (
     TrainConfig,
 )
 from memfilter.data import cache as module
-from memfilter.data.builder import prepare_experiment
 from memfilter.data import make_cache as making
+from memfilter.data.builder import prepare_experiment
 from memfilter.data.cache import Cache
 from memfilter.data.encode import Encoder
 from memfilter.data.experiment import Experiment, prepare_scenes

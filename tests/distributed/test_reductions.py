@@ -40,13 +40,19 @@ def gradients(unet, mem_filter, optimizer, parts, backward) -> list[torch.Tensor
     return found
 
 
-def expected(make_unet, batch, tau: float) -> list[torch.Tensor | None]:
-    """By hand: the mean over what is kept of the whole batch, in one process."""
-    unet, (latents, timesteps, embeds, target) = make_unet(), batch
+def judged(unet, batch, tau: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """By hand, in one process: prediction for the whole batch, and which samples are kept."""
+    latents, timesteps, embeds, _ = batch
     with torch.no_grad():
         null = unet(latents, timesteps, torch.zeros(len(latents), 5, 16)).sample
     pred = unet(latents, timesteps, embeds).sample
-    keep = (pred.detach() - null).flatten(1).norm(dim=1) < tau
+    return pred, (pred.detach() - null).flatten(1).norm(dim=1) < tau
+
+
+def expected(make_unet, batch, tau: float) -> list[torch.Tensor | None]:
+    """By hand: the mean over what is kept of the whole batch, in one process."""
+    unet, target = make_unet(), batch[-1]
+    pred, keep = judged(unet, batch, tau)
     if not keep.any():
         return [None for _ in unet.parameters()]
     torch.nn.functional.mse_loss(pred[keep], target[keep]).backward()
@@ -134,11 +140,8 @@ def check_mean_over_parts(make_unet, batch, size: int, tau: float, reduction: st
 
 def expected_mean(make_unet, batch, size: int, tau: float, reduction: str) -> list[torch.Tensor | None]:
     """By hand, in one process: the mean over all parts of each part's own masked mean, 0 where it keeps nothing."""
-    unet, (latents, timesteps, embeds, target) = make_unet(), batch
-    with torch.no_grad():
-        null = unet(latents, timesteps, torch.zeros(len(latents), 5, 16)).sample
-    pred = unet(latents, timesteps, embeds).sample
-    keep = (pred.detach() - null).flatten(1).norm(dim=1) < tau
+    unet, target = make_unet(), batch[-1]
+    pred, keep = judged(unet, batch, tau)
     if not keep.any():
         return [None for _ in unet.parameters()]
     errors, total = (pred - target).square().flatten(1).mean(1), 0.0

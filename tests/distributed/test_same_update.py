@@ -6,21 +6,16 @@ import launching
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-import torch
 from safetensors.numpy import load_file
 
-from memfilter.arguments import parse
-from memfilter.train import loop
-
-STEPS, STEP, LIMIT = 30, 8, 2.0
+STEPS, STEP = 30, 8
 SPLITS = {"1 x 8": (1, 8, 1), "2 x 4": (2, 4, 1), "2 x 2 x 2": (2, 2, 2)}
-# without clipping the scale of a gradient shows in SGD's update; with clipping, whether it was scaled before shows; with a large
-# eps and a limit that some steps exceed both do, in AdamW's
+# without clipping the scale of a gradient shows in SGD's update; with clipping, whether it was scaled before shows
 OPTIMIZERS = {
     "sgd": ["--train.learning_rate=0.01", "--train.max_grad_norm=1000", "--filter.tau=1"],
     "adamw": ["--train.learning_rate=1e-3", "--train.max_grad_norm=0.1", "--filter.tau=0.85"],
     "adamw, large eps": [
-        "--train.learning_rate=1e-3", f"--train.max_grad_norm={LIMIT}", "--filter.tau=0.85", "--train.adam_eps=0.01"
+        "--train.learning_rate=1e-3", "--train.max_grad_norm=0.1", "--filter.tau=0.85", "--train.adam_eps=0.01"
     ],  # fmt: skip
     "adamw_8bit": ["--train.learning_rate=1e-3", "--train.optimizer=adamw_8bit", "--filter.tau=0.85"],
 }
@@ -29,34 +24,32 @@ TOLERANCE = {"sgd": 1e-6, "adamw": 2e-4, "adamw, large eps": 1e-6}
 
 
 @pytest.fixture(scope="module")
-def settings(scenes_dir, tiny_base):
-    """Factory: command line of a run."""
-
-    def make(run, optimizer: str, split: str) -> list[str]:
-        _, batch_size, accumulation = SPLITS[split]
-        return [
-            f"--run_dir={run}", f"--model.path={tiny_base}", f"--data.path={scenes_dir}", f"--train.samples={STEPS * STEP}",
-            f"--train.batch_size={batch_size}", f"--train.accumulation={accumulation}", "--train.ema_half_life=0",
-            "--filter.reduction=kept_global", f"--checkpoint.every={STEPS * STEP}", *OPTIMIZERS[optimizer],
-        ]  # fmt: skip
-
-    return make
-
-
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory, settings):
+def trained(tmp_path_factory, scenes_dir, tiny_base):
     """Factory: trained(optimizer, split, zero) launches, once, and gives the run's directory."""
     runs = {}
 
     def train(optimizer: str, split: str, zero: str | None = None):
         name = (optimizer, split, zero)
         if name not in runs:
-            processes, run = SPLITS[split][0], tmp_path_factory.mktemp("runs") / "run"
+            processes, batch_size, accumulation = SPLITS[split]
+            run = tmp_path_factory.mktemp("runs") / "run"
+            sgd = optimizer == "sgd"
             launching.run(
-                settings(run, optimizer, split),
+                [
+                    f"--run_dir={run}",
+                    f"--model.path={tiny_base}",
+                    f"--data.path={scenes_dir}",
+                    f"--train.samples={STEPS * STEP}",
+                    f"--train.batch_size={batch_size}",
+                    f"--train.accumulation={accumulation}",
+                    "--train.ema_half_life=0",
+                    "--filter.reduction=kept_global",
+                    f"--checkpoint.every={STEPS * STEP}",
+                    *OPTIMIZERS[optimizer],
+                ],
                 processes,
                 zero,
-                script="tests/distributed/train_with_sgd.py" if optimizer == "sgd" else "train_filtered.py",
+                script="tests/distributed/train_with_sgd.py" if sgd else "train_filtered.py",
                 PYTHONPATH=str(launching.ROOT),
             )
             (state,) = run.glob("checkpoints/*/state.json")
@@ -97,7 +90,7 @@ def test_ranks_and_micro_batches_train_as_one_process_does(trained, split, optim
     assert_same(trained(optimizer, split), one, optimizer)
 
 
-@pytest.mark.parametrize(("zero", "optimizer"), [("zero1", "sgd"), ("zero2", "adamw"), ("zero3", "adamw, large eps")])
+@pytest.mark.parametrize(("zero", "optimizer"), [("zero1", "sgd"), ("zero2", "adamw"), ("zero3", "sgd"), ("zero3", "adamw")])
 def test_deepspeed_trains_as_one_process_does(trained, zero, optimizer):
     assert_same(trained(optimizer, "2 x 2 x 2", zero), trained(optimizer, "1 x 8"), optimizer)
 
@@ -117,14 +110,6 @@ def test_some_steps_keep_nothing_and_some_ranks_keep_nothing(trained, optimizer)
         by_rank = keep.reshape(STEPS, accumulation, 2, batch_size).any((1, 3))  # [steps, ranks]
         assert (by_rank.any(1) & ~by_rank.all(1)).any()
     assert 0.05 < keep.mean() < 0.6
-
-
-def test_with_a_large_eps_some_steps_are_clipped_and_some_are_not(trained, settings, tmp_path, monkeypatch):
-    clip, norms = torch.nn.utils.clip_grad_norm_, []
-    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", lambda *args, **named: norms.append(clip(*args, **named).item()))
-    loop.train(parse(settings(tmp_path / "run", "adamw, large eps", "1 x 8")), progress=False)
-    assert 5 < sum(norm > LIMIT for norm in norms) < len(norms) - 5
-    assert_same(tmp_path / "run", trained("adamw, large eps", "1 x 8"), "adamw, large eps")
 
 
 def test_adamw_differs_more_only_because_it_divides_by_the_size_of_a_gradient(trained):
