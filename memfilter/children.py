@@ -18,11 +18,14 @@ import psutil
 
 @contextmanager
 def children() -> Iterator[Children]:
-    """SIGTERM, SIGHUP (the terminal was closed) and Ctrl-C end the children too; what is ignored, as by nohup, stays so."""
+    """SIGTERM, SIGHUP (the terminal was closed) and Ctrl-C end the children too; what is ignored, as by nohup, stays so.
+
+    The first of them is what counts: a second would cut short the wait for the checkpoints.
+    """
     started = Children()
 
     def on_signal(number, frame):
-        if not started.is_stopping:  # or this one has come in the midst of it, and would wait for itself
+        if not started.stopped:
             started.stop()
             raise KeyboardInterrupt
 
@@ -42,8 +45,8 @@ class Children:
     def __init__(self):
         self._running: set[subprocess.Popen] = set()
         self._told: list[psutil.Process] = []
-        self._lock, self._stopped = threading.Lock(), False
-        self.is_stopping = False
+        self._lock = threading.Lock()
+        self.stopped = False
 
     def call(self, command: list[str], log: Path, environment: Mapping[str, str] = MappingProxyType({})) -> int:
         """Exit code; what it prints goes to the end of the log.
@@ -55,7 +58,7 @@ class Children:
             file.write(f"$ {shlex.join(command)}\n".encode())
             file.flush()
             with self._lock:
-                if self._stopped:
+                if self.stopped:
                     return 1
                 # torchrun would kill what has not written its checkpoint in 30 seconds
                 whole = {"TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "300", **os.environ, **environment}
@@ -73,16 +76,12 @@ class Children:
 
     def stop(self) -> None:
         """They are told to end, which makes a checkpoint of a run."""
-        self.is_stopping = True
-        try:
-            with self._lock:
-                self._stopped = True
-                for child in self._running:
-                    with suppress(ProcessLookupError, psutil.NoSuchProcess):  # it has just ended
-                        self._told += psutil.Process(child.pid).children(recursive=True)
-                        os.killpg(child.pid, signal.SIGTERM)
-        finally:
-            self.is_stopping = False
+        self.stopped = True  # before the lock: a signal in the midst of this would wait for itself
+        with self._lock:
+            for child in self._running:
+                with suppress(ProcessLookupError, psutil.NoSuchProcess):  # it has just ended
+                    self._told += psutil.Process(child.pid).children(recursive=True)
+                    os.killpg(child.pid, signal.SIGTERM)
 
     def wait(self) -> None:
         """Until those that were told to end have: accelerate's launcher ends at once, and the run is making its checkpoint."""

@@ -12,8 +12,16 @@ from memfilter.children import children
 ROOT = Path(__file__).resolve().parents[1]
 
 
-@pytest.mark.parametrize("numbers", [[signal.SIGTERM], [signal.SIGHUP], [signal.SIGHUP, signal.SIGTERM]])
-def test_what_ends_it_waits_for_the_checkpoints(tmp_path, numbers):
+@pytest.mark.parametrize(
+    ("numbers", "pause"),
+    [
+        ([signal.SIGTERM], 0),
+        ([signal.SIGHUP], 0),
+        ([signal.SIGHUP, signal.SIGTERM], 0.001),  # the second while the first is being told to the children
+        ([signal.SIGHUP, signal.SIGTERM, signal.SIGINT], 0.3),  # while they write
+    ],
+)
+def test_what_ends_it_waits_for_the_checkpoints(tmp_path, numbers, pause):
     run = "import signal, sys, time; signal.signal(signal.SIGTERM, lambda *_: (time.sleep(1), open('saved', 'w'), sys.exit())); "
     run += "open('started', 'w'); time.sleep(60)"
     launcher = f"import subprocess, sys; subprocess.Popen([sys.executable, '-c', {run!r}]).wait()"  # as accelerate's: no handler
@@ -28,9 +36,9 @@ def test_what_ends_it_waits_for_the_checkpoints(tmp_path, numbers):
     deadline = time.monotonic() + 60
     while not (tmp_path / "started").exists() and time.monotonic() < deadline:
         time.sleep(0.05)
-    for number in numbers:  # the second while the first is being told to the children
+    for number in numbers:
         process.send_signal(number)
-        time.sleep(0.001)
+        time.sleep(pause)
     process.wait(timeout=60)
     assert (tmp_path / "saved").exists()
 
