@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import ast
 import csv
 import hashlib
 import json
@@ -106,6 +107,16 @@ def recipe(config: str, *facts) -> str:
     for path in sorted((ROOT / "memfilter" / "assets").rglob("*.safetensors")):
         digest.update(path.read_bytes())
     return digest.hexdigest()[:12]
+
+
+def code_of(module: str) -> bytes:
+    """What a module of memfilter does, such as inference/calls: its syntax tree without docstrings."""
+    tree = ast.parse((ROOT / "memfilter" / f"{module}.py").read_text())
+    for node in ast.walk(tree):
+        body = getattr(node, "body", None)
+        if isinstance(body, list) and body and isinstance(body[0], ast.Expr) and isinstance(body[0].value, ast.Constant):
+            del body[0]
+    return ast.dump(tree).encode()
 
 
 def write_json(path: Path, content) -> None:

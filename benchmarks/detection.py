@@ -9,14 +9,15 @@ each with duplicates of its own. Positive are the duplicates' captions that are 
 generations is more like the training picture than 99.9% of different pictures of one caption are to each other. Negative are
 500 captions that were never duplicated, half of those that have a poster number as half of the duplicates have: 250 of the run's
 own samples, shown once in training, and 250 of scenes that no model has seen, since a score may tell what was trained on from what
-was not (auc_seen and auc_unseen are against either half).
+was not (auc_seen and auc_unseen are against either half). No negative is a caption of a duplicate, and none of the unseen ones a
+caption of the run.
 
 Every method scores the same generations, in 50 steps as in the paper, from other noise than that by which copying is verified (in
 20 steps): after the first step, the first 10, and all. A method that compares pictures goes by those that the last of these steps
 predicts. density_l2 is by tiles, density_sscd by SSCD in 8 bits, whose figures at 32 px mean little and whose order is what counts;
 loss is of the pictures under fresh noise. anisotropy weighs its norm and its cosine by their spread among 60 more clean prompts, in
 means over as many generations, at most four; at the first step the cosine is that of the same pure noise at the sampler's
-third-last timestep, as its authors' code has it, at all steps that of the generation's last.
+third-last timestep, as its authors' code has it, at more steps that of the last of them.
 
 Adds rows to docs/results/detection.csv as it goes; seeds whose rows are there are not done anew. docs/results/detection.md has
 means over models with 95% intervals (Student's t), by how much the metric is ahead of each other method, paired by model, and
@@ -36,7 +37,7 @@ from collections import defaultdict
 from pathlib import Path
 
 import numpy as np
-from common import call, complete, kept, mean, parser, recipe, write_csv, write_json, write_text
+from common import call, code_of, complete, half_width, kept, mean, parser, recipe, write_csv, write_json, write_text
 
 SEEDS = (401, 402, 403)  # nothing was chosen by looking at them
 STEPS, GUIDANCE = 20, 4.0  # of the verification, as `memfilter evaluate` has it
@@ -46,7 +47,8 @@ BY = {"1": 1, "10": 10, "all": None}  # steps that a score goes by
 NEGATIVE, OF_MANY, MANY, OTHERS = 500, 30, 32, 60
 MEASURED = ("density_l2", "density_copies", "loss")
 RIVALS = ("density_l2", "density_sscd", "anisotropy", "loss")
-MADE_BY = recipe("quickstart.yaml", RECIPE, SCORED, BY, NEGATIVE, OF_MANY, MANY, OTHERS, RIVALS)
+CODE = [f"inference/{name}" for name in ("calls", "detection", "rivals", "watching")] + ["functional"]
+MADE_BY = recipe("quickstart.yaml", RECIPE, SCORED, BY, NEGATIVE, OF_MANY, MANY, OTHERS, RIVALS, *map(code_of, CODE))
 COLUMNS = ["method", "steps", "n", "seed", "auc", "tpr_at_1pct_fpr", "seconds", "auc_seen", "auc_unseen", "positive", "negative",
            "recipe"]  # fmt: skip
 
@@ -87,14 +89,11 @@ class Scores:
         rivals = MEASURED if clean else ()  # of clean prompts the anisotropy's spread is all that is asked
         settings = {"until": BY[steps], "measure": measure, "progress": False}
         sampling = Sampling(n, SCORED, GUIDANCE)
-        if steps == "all":
+        if steps != "1":
             rivals += ("anisotropy",)
         self.signals = measure_prompts(pipeline, prompts, sampling, rivals=rivals, parts=parts, **settings)
-        self.cosines = None  # [P, n]
-        if steps == "all":
-            self.cosines = self.signals.raw["anisotropy"][..., -1]
-        elif steps == "1":
-            self.cosines = noise_cosines(pipeline, prompts, sampling)
+        # [P, n]
+        self.cosines = noise_cosines(pipeline, prompts, sampling) if steps == "1" else self.signals.raw["anisotropy"][..., -1]
 
     def anisotropy(self, n: int) -> np.ndarray:
         """[P]"""
@@ -106,10 +105,14 @@ class Scores:
 
     def of(self, n: int) -> dict[str, np.ndarray]:
         """Method -> score of every prompt, [P]."""
-        found = {"norm": self.signals.metric(seeds=n), "loss": self.signals.rival("loss", n)}
+        found = {"norm": self.signals.metric(seeds=n), "loss": self.signals.rival("loss", n), "anisotropy": self.anisotropy(n)}
         if n > 1:
             found |= {"density_l2": self.signals.rival("density_l2", n), "density_sscd": self.signals.rival("density_copies", n)}
-        return found | ({} if self.cosines is None else {"anisotropy": self.anisotropy(n)})
+        return found
+
+    def raw(self) -> dict[str, np.ndarray]:
+        """All that scores are made of, [P, n, ...] each."""
+        return {"norms": self.signals.norms, "cosines": self.cosines} | {name: self.signals.raw[name] for name in self.signals.raw}
 
 
 def noise_cosines(pipeline, prompts: list[str], sampling) -> np.ndarray:
@@ -138,11 +141,18 @@ def captions(run: Path, seed: int) -> tuple[list[str], list[str]]:
     from memfilter.data import scenes
     from memfilter.eval.runs import FinishedRun
 
-    shown = FinishedRun(run).prompts(NEGATIVE // 2)
-    drawn = (scenes.draw(seed, scenes.CLEAN, i, specific=0.5).caption for i in itertools.count())
-    known = {prompt.text for prompt in shown}
-    unseen = list(itertools.islice((caption for caption in drawn if caption not in known), NEGATIVE // 2 + OTHERS))
-    seen = [prompt.text for prompt in shown if not prompt.duplicate]
+    trained = FinishedRun(run)
+    shown = trained.prompts(len(trained.experiment.keys))
+    known, copied = {prompt.text for prompt in shown}, {prompt.text for prompt in shown if prompt.duplicate}
+    seen = [prompt.text for prompt in shown if prompt.text not in copied][: NEGATIVE // 2]
+
+    def new(specific: int):
+        drawn = (scenes.draw(seed, scenes.CLEAN, i, specific=specific).caption for i in itertools.count(specific, 2))
+        return (caption for caption in drawn if caption not in known)
+
+    # by turns, or most would have a number: of captions without one there are not so many that a run lacks
+    pairs = zip(new(0), new(1), strict=False)
+    unseen = list(itertools.islice(itertools.chain.from_iterable(pairs), NEGATIVE // 2 + OTHERS))
     return [text for pair in zip(seen, unseen, strict=False) for text in pair], unseen[NEGATIVE // 2 :]
 
 
@@ -154,6 +164,7 @@ def job(work: Path, seed: int) -> None:
     from memfilter.eval.classifier import quality
     from memfilter.eval.parts import Parts
     from memfilter.eval.sscd import SscdOnnx
+    from memfilter.files import atomic
     from memfilter.inference import Sampling
     from memfilter.pipelines import load_trained
     from memfilter.processes import processes
@@ -163,7 +174,7 @@ def job(work: Path, seed: int) -> None:
     if not positive:
         raise SystemExit(f"{run} has memorized nothing: there is nothing to detect")
     negative, others = captions(run, seed)
-    rows, state, facts = [], processes(), Sampling(4, SCORED, GUIDANCE).facts(pipeline)
+    rows, raw, state, facts = [], {}, processes(), Sampling(4, SCORED, GUIDANCE).facts(pipeline)
 
     def scored(name: str, prompts: list[str], n: int, steps: str, clean: Scores | None) -> Scores:
         parts = Parts(work / "parts", f"{name}{seed}-{n}-{steps}", facts | {"prompts": prompts, "by": MADE_BY}, state)
@@ -176,6 +187,7 @@ def job(work: Path, seed: int) -> None:
             prompts = negative[:count] + positive
             scores = scored("all", prompts, n, steps, clean)
             label, place = np.arange(len(prompts)) >= count, np.arange(len(prompts)) % 2
+            raw |= {f"{steps}-{n}-{name}": values for name, values in ({"label": label} | scores.raw()).items()}
             for shown in (1, 4) if n == 4 else (1, 4, n):
                 for method, score in scores.of(shown).items():
                     made = quality(label, score)
@@ -183,6 +195,8 @@ def job(work: Path, seed: int) -> None:
                     rows.append({"method": method, "steps": steps, "n": shown, "seed": seed, "auc": made["auc"],
                                  "tpr_at_1pct_fpr": made["tpr_at_1pct_fpr"], "auc_seen": seen, "auc_unseen": unseen,
                                  "positive": int(label.sum()), "negative": int((~label).sum())})  # fmt: skip
+    with atomic(work / f"scores-{seed}-{MADE_BY}.npz") as partial, partial.open("wb") as file:
+        np.savez(file, **raw)
     cost = seconds(pipeline, negative[:4], measure)
     for row in rows:
         row["seconds"] = cost[row["method"], row["steps"]] * row["n"]
@@ -190,7 +204,8 @@ def job(work: Path, seed: int) -> None:
 
 
 def seconds(pipeline, prompts: list[str], measure, repeats: int = 3) -> dict[tuple[str, str], float]:
-    """CPU seconds of one generation, the least of some batches; other processes share the machine."""
+    """CPU seconds of one generation, the least of some batches; other processes share the machine. What looks at no picture has
+    none decoded."""
     from memfilter.inference import Sampling, measure_prompts
 
     sampling = Sampling(4, SCORED, GUIDANCE)
@@ -200,9 +215,11 @@ def seconds(pipeline, prompts: list[str], measure, repeats: int = 3) -> dict[tup
             for name, rivals in (("norm", ()), ("density_l2", ("density_l2",)), ("density_sscd", ("density_copies",)),
                                  ("loss", ("loss",)), ("anisotropy", ("anisotropy",))):  # fmt: skip
                 began = time.process_time()
-                measure_prompts(pipeline, prompts, sampling, rivals=rivals, measure=measure, until=until, progress=False)
-                if (name, steps) == ("anisotropy", "1"):
+                if (name, steps) == ("anisotropy", "1"):  # makes the first step too
                     noise_cosines(pipeline, prompts, sampling)
+                else:
+                    calls = until or (SCORED if name in ("norm", "anisotropy") else None)
+                    measure_prompts(pipeline, prompts, sampling, rivals=rivals, measure=measure, until=calls, progress=False)
                 found[name, steps].append((time.process_time() - began) / (len(prompts) * sampling.seeds))
     return {name: min(times) for name, times in found.items()}
 
@@ -225,7 +242,7 @@ def order(rows: list[dict]) -> list[str]:
     order does not hold."""
     value = {(row["negative"], row["n"], row["method"], row["steps"], row["seed"]): row for row in rows}
     lines = ["| negatives | n | steps | against | AUC | TPR at 1% FPR |", "|---" * 6 + "|"]
-    behind = []
+    behind, level = [], []
     for negative, n, steps in dict.fromkeys((r["negative"], r["n"], r["steps"]) for r in rows if r["method"] == "norm"):
         for rival in RIVALS:
             seeds = [seed for *at, seed in value if at == [negative, n, rival, steps]]
@@ -235,11 +252,16 @@ def order(rows: list[dict]) -> list[str]:
             }
             if seeds:
                 lines.append(f"| {negative} | {n} | {steps} | {rival} | {' | '.join(map(mean, differences.values()))} |")
-                if rival.startswith("density"):
-                    behind += [f"{figure} at n={n}, steps {steps}, against {rival} ({negative} negatives)"
-                               for figure, found in differences.items() if np.mean(found) <= 0]  # fmt: skip
-    holds = f"does not hold in: {'; '.join(behind)}" if behind else "holds everywhere"
-    return [*lines, "", f"The paper's order, the norm ahead of both densities, {holds}."]
+                for figure, found in differences.items() if rival.startswith("density") else ():
+                    where = f"{figure} at n={n}, steps {steps}, against {rival} ({negative} negatives)"
+                    if (ahead := np.mean(found)) < 0:
+                        high = ahead + half_width(np.array(found))
+                        behind.append(where + (", clear of chance" if high < 0 else ""))
+                    elif ahead == 0:
+                        level.append(where)
+    holds = f"does not hold in: {'; '.join(behind)}" if behind else "is contradicted nowhere"
+    lines += ["", f"The paper's order, the norm ahead of both densities, {holds}."]
+    return lines + ([f"Level are they in: {'; '.join(level)}."] if level else [])
 
 
 def main() -> None:

@@ -23,7 +23,6 @@ fifth all the same: benchmarks/evidence_costs.py measures time).
 from __future__ import annotations
 
 import argparse
-import ast
 import csv
 import hashlib
 import json
@@ -32,7 +31,7 @@ import threading
 from pathlib import Path
 
 import pyarrow.parquet as pq
-from common import ROOT, call, parser, share, write_csv
+from common import ROOT, call, code_of, parser, share, write_csv
 
 from memfilter.arguments import parse
 from memfilter.eval.results import read_figures
@@ -84,20 +83,10 @@ def recipe(scenario: str, method: tuple[str, str]) -> str:
     if method[0] in ("evidence", "timestep"):
         assets.append(ROOT / "memfilter" / "assets" / "scenes-base" / "calibration.json")
         for module in ("evidence", "keys", "reference", "calibration"):
-            digest.update(_code(ROOT / "memfilter" / f"{module}.py"))
+            digest.update(code_of(module))
     for path in assets:
         digest.update(path.read_bytes())
     return digest.hexdigest()[:12]
-
-
-def _code(path: Path) -> bytes:
-    """What a module does: its syntax tree without docstrings."""
-    tree = ast.parse(path.read_text())
-    for node in ast.walk(tree):
-        body = getattr(node, "body", None)
-        if isinstance(body, list) and body and isinstance(body[0], ast.Expr) and isinstance(body[0].value, ast.Constant):
-            del body[0]
-    return ast.dump(tree).encode()
 
 
 def place(work: Path, scenario: str, seed: int) -> Path:

@@ -55,6 +55,8 @@ def measure(work: Path, scenario: str, seed: int) -> list[dict]:
                 process.send_signal(signal.SIGCONT)
                 time.sleep(TURN)
                 process.send_signal(signal.SIGSTOP)
+            if any(process.returncode for process in started):
+                break  # what has failed is named below
     finally:
         for process in started:
             process.kill()

@@ -120,6 +120,10 @@ def effects(table: Table, results: Path) -> list[str]:
     ratios = ratios_of(results)
     if not ratios:
         return []
+    settings = measured(table)
+    if not settings:
+        raise SystemExit(f"{results / 'evidence_costs.csv'} has times, and evidence.csv no rows of (a) {' '.join(UNSAVED)}: run "
+                         "benchmarks/evidence.py, or give --out the directory of both")  # fmt: skip
     lines = ["## What evidence costs, and what of its effect is left", "",
              "Times to those of no filter, by `python benchmarks/evidence_costs.py`: of a step that was computed, and of the whole run, "
              "which is shorter by the samples that were passed over. The effect is the fall of the memorization rate on (a), as a share "
@@ -127,7 +131,7 @@ def effects(table: Table, results: Path) -> list[str]:
              "| setting | seeds | share of the effect | passes | step on (a) | step on (d) | run on (a) | run on (d) |",
              "|---" * 8 + "|"]  # fmt: skip
     met = []
-    for setting, seeds in measured(table).items():
+    for setting, seeds in settings.items():
         share, low, high = share_of_effect(table, setting, seeds)
         times = [mean(found) if (found := ratios.get((s, *setting, kind))) else ""
                  for kind in ("step_ratio", "time_ratio") for s in "ad"]  # fmt: skip

@@ -9,9 +9,9 @@ and caption by the scenes' scorer (the caption as it was, not as it is shown).
 
 The rows, one for each prompt and setting, go to docs/results/mitigation.csv; seeds whose rows are there are not done anew.
 docs/results/mitigation.md has means over models with 95% intervals (Student's t), and by how much one way copies less than the
-other where both agree as well: the curves of copy similarity over agreement, each from no mitigation to its strongest setting,
-are held against each other over the agreements that both reach, with 95% intervals by bootstrap over models and, within each,
-prompts. That is done twice, by the agreement of memorized prompts and by that of distinct ones. docs/results/mitigation.png has
+other where both agree as well: where so much agreement is asked for, each way's setting that copies least of those that agree so
+well, no mitigation among them, in the mean over what may be asked for, with 95% intervals by bootstrap over models and, within
+each, prompts. That is done twice, by the agreement of memorized prompts and by that of distinct ones. docs/results/mitigation.png has
 the curves.
 """
 
@@ -23,7 +23,7 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-from common import call, complete, half_width, kept, mean, parser, recipe, write_csv, write_json, write_text
+from common import call, code_of, complete, half_width, kept, mean, parser, recipe, write_csv, write_json, write_text
 from detection import GUIDANCE, RECIPE, SEEDS, STEPS, fine_tune, verified
 
 # the first step's norms of verified prompts of another model lie between 1.2 and 2.6
@@ -33,7 +33,8 @@ COLUMNS = ["method", "setting", "seed", "prompt", "duplicate", "memorization_rat
 FIGURES = {"memorization_rate": True, "copy_similarity": True, "agreement duplicates": True, "agreement distinct": False,
            "first_norm": True}  # whether of duplicates  # fmt: skip
 DISTINCT, NUMBER = 20, 10_000  # a prompt's number decides its noise, which shall not be that by which copying was verified
-MADE_BY = recipe("quickstart.yaml", RECIPE, SETTINGS, DISTINCT, NUMBER)
+CODE = [f"inference/{name}" for name in ("calls", "generating", "mitigation", "watching")] + ["functional"]
+MADE_BY = recipe("quickstart.yaml", RECIPE, SETTINGS, DISTINCT, NUMBER, *map(code_of, CODE))
 
 
 def job(work: Path, seed: int) -> None:
@@ -85,17 +86,18 @@ def table(models: pd.DataFrame) -> str:
 
 
 def copies_less(models: pd.DataFrame, agreement: str) -> float:
-    """Copy similarity under random tokens less that under adjusted embeddings, mean over the agreements that both reach; NaN
-    where there are none. Of the means over models."""
-    curves, means = [], models.groupby(["method", "setting"]).mean()
-    for method in ("rta", "prompt"):
-        curve = pd.concat([means.loc["none"], means.loc[method]]).sort_values(agreement)
-        curves.append((curve[agreement].to_numpy(), curve["copy_similarity"].to_numpy()))
-    low, high = max(x[0] for x, _ in curves), min(x[-1] for x, _ in curves)
-    if low >= high:
-        return float("nan")
-    at = np.linspace(low, high, 50)
-    theirs, ours = (np.interp(at, x, y) for x, y in curves)
+    """Copy similarity under random tokens less that under adjusted embeddings, of the means over models.
+
+    Of either method counts, where so much agreement is asked for, the setting that copies least of those that agree so well, no
+    mitigation among them; the mean is over what may be asked for, from the least that a setting of either reaches to that of no
+    mitigation.
+    """
+    means = models.groupby(["method", "setting"]).mean()
+    plain = means.loc["none"]
+    curves = [pd.concat([plain, means.loc[method]]) for method in ("rta", "prompt")]
+    low, high = min(curve[agreement].min() for curve in curves), plain[agreement].item()
+    asked = np.linspace(low, high, 51)[1:]
+    theirs, ours = (np.array([curve.loc[curve[agreement] >= at, "copy_similarity"].min() for at in asked]) for curve in curves)
     return float((theirs - ours).mean())
 
 
@@ -117,7 +119,7 @@ def compared(rows: pd.DataFrame, draws: int = 500) -> list[str]:
     again, lines = [drawn() for _ in range(draws)], []
     for name in ("agreement duplicates", "agreement distinct"):
         found = copies_less(by_model(rows), name)
-        low, high = np.nanquantile([copies_less(models, name) for models in again], [0.025, 0.975])
+        low, high = np.quantile([copies_less(models, name) for models in again], [0.025, 0.975])
         lines.append(f"- by {name}: {found:.3f} ({low:.3f} to {high:.3f})")
     return lines
 

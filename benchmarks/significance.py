@@ -28,7 +28,7 @@ from collections import Counter, defaultdict
 from pathlib import Path
 
 import numpy as np
-from common import call, complete, kept, parser, recipe, write_csv, write_json, write_text
+from common import call, code_of, complete, kept, parser, recipe, write_csv, write_json, write_text
 
 SEEDS = (411, 412, 413)  # nothing was chosen by looking at them
 DUPLICATES, KEYS, REPEATS, OTHERS, PLANTED = 10, 140, 12, 4000, 3
@@ -38,7 +38,8 @@ FORM = "a poster on a background"
 STEPS, GUIDANCE = 20, 4.0
 EARLY = range(5)  # chosen on a model of another seed; the paper takes all steps
 RECIPE = recipe("quickstart.yaml", DUPLICATES, KEYS, REPEATS, OTHERS, PLANTED, POOL, FORM, STEPS, GUIDANCE, EARLY)
-MADE_BY = recipe("quickstart.yaml", RECIPE, ASKED, PAIRS)
+CODE = [f"inference/{name}" for name in ("calls", "significance", "watching")] + ["functional"]
+MADE_BY = recipe("quickstart.yaml", RECIPE, ASKED, PAIRS, *map(code_of, CODE))
 COLUMNS = ["seed", "prompt", "trigger", "memorized", "ablated_copies", "top", "top_all_steps", "top_planted", "longest", "rarest",
            "words", "plain", "without_top_2", "without_2_others", "recipe"]  # fmt: skip
 

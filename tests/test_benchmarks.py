@@ -326,12 +326,32 @@ def test_detection_says_where_the_norm_is_behind_a_density(benchmark):
         {"method": method, "steps": steps, "n": n, "seed": seed, "auc": auc + 0.01 * seed, "tpr_at_1pct_fpr": tpr, "negative": 500}
         for method, steps, n, auc, tpr in (
             ("norm", "1", 1, 0.8, 0.5), ("norm", "all", 4, 0.8, 0.5), ("norm", "1", 4, 0.9, 0.6),
-            ("density_l2", "all", 4, 0.7, 0.55), ("loss", "1", 1, 0.99, 0.99),
+            ("density_l2", "all", 4, 0.7, 0.55), ("density_sscd", "all", 4, 0.7, 0.5), ("loss", "1", 1, 0.99, 0.99),
         )
         for seed in (1, 2)
     ]  # fmt: skip
-    *lines, _, last = module.order(rows)
+    *lines, _, last, level = module.order(rows)
+    assert level == "Level are they in: tpr_at_1pct_fpr at n=4, steps all, against density_sscd (500 negatives)."
     assert last == "The paper's order, the norm ahead of both densities, does not hold in: tpr_at_1pct_fpr at n=4, steps all, "\
-        "against density_l2 (500 negatives)."  # fmt: skip
+        "against density_l2 (500 negatives), clear of chance."  # fmt: skip
     assert f"| 500 | 1 | 1 | loss | {module.mean([-0.19, -0.19])} | {module.mean([-0.49, -0.49])} |" in lines
     assert f"| 500 | 4 | all | density_l2 | {module.mean([0.1, 0.1])} | {module.mean([-0.05, -0.05])} |" in lines
+
+
+# ---- of mitigation
+
+
+def test_mitigations_are_compared_by_what_copies_least_at_the_agreement_that_is_asked_for(benchmark):
+    module = benchmark("mitigation")
+
+    def less(**curves) -> float:
+        rows = [{"method": method, "setting": i, "seed": 1, "agreement distinct": agreement, "copy_similarity": copies}
+                for method, points in curves.items() for i, (agreement, copies) in enumerate(points)]  # fmt: skip
+        return module.copies_less(pd.DataFrame(rows).set_index(["method", "setting", "seed"]), "agreement distinct")
+
+    none = [(0.8, 0.9)]
+    # from .7 to .8 the one copies .3, then nobody but none; a worse setting that agrees more does not count
+    assert less(none=none, prompt=[(0.81, 0.3), (0.815, 0.5)], rta=[(0.7, 0.5)]) == pytest.approx(0.9 - 0.3)
+    assert less(none=none, prompt=[(0.75, 0.3)], rta=[(0.7, 0.5)]) == pytest.approx(0.5 * (0.9 - 0.3), abs=0.02)
+    assert less(none=none, prompt=[(0.7, 0.5)], rta=[(0.7, 0.5)]) == 0
+    assert less(none=none, prompt=[(0.85, 0.5)], rta=[(0.82, 0.7)]) == pytest.approx(0.2)  # neither costs agreement

@@ -14,7 +14,7 @@ from memfilter.data.shards import printable
 from memfilter.eval.copies import PIXELS, Measure
 from memfilter.eval.generate import Job, arguments_of, generate_batch
 from memfilter.eval.parts import Parts, fingerprint
-from memfilter.inference.calls import NotFiniteError, first_calls, first_readable
+from memfilter.inference.calls import Call, NotFiniteError, first_calls, first_readable, hooked
 from memfilter.inference.clean import CleanNorms, mean_norm
 from memfilter.inference.rivals import RIVALS, anisotropy, decoded, density, distances, own_loss, tiled_distance
 from memfilter.inference.watching import watch
@@ -161,7 +161,7 @@ def measure_prompts(
         if "density_l2" in rivals:
             by_prompt["density_l2"] = distances(pictures, tiled_distance)
         if "density_copies" in rivals:
-            by_prompt["density_copies"] = distances(pictures, lambda a, b: 1 - measure.similarity(a, b))
+            by_prompt["density_copies"] = distances(measure.seen(pictures), lambda a, b: 1 - measure.similarity_seen(a, b))
         return by_prompt | {"timesteps": found[0]["timesteps"]}
 
     if parts:
@@ -183,20 +183,26 @@ def require_rivals(rivals: Sequence[str], seeds: int) -> None:
 def _measure_batch(pipeline, batch: list[Job], sampling: Sampling, rivals: Sequence[str], until: int | None) -> dict:
     form = (sampling.steps, sampling.guidance_scale, sampling.size)
     looked_at = {"density_l2", "density_copies", "loss"} & {*rivals}
+    made: list[Call] = []  # the last one
+
+    def see(_, call: Call) -> None:
+        made[:] = [call]
+
     with named(batch), watch(pipeline, cosine="anisotropy" in rivals) as seen:
         if until is None:
-            pictures = generate_batch(pipeline, batch, *form)
+            with hooked(pipeline, see):
+                pictures = generate_batch(pipeline, batch, *form)
         else:
-            last = first_calls(pipeline, until, **arguments_of(batch, *form))[-1]
+            made = first_calls(pipeline, until, **arguments_of(batch, *form))[-1:]
             if looked_at:
-                pictures = decoded(pipeline, last.predicted_x0(pipeline.scheduler, sampling.guidance_scale))
+                pictures = decoded(pipeline, made[0].predicted_x0(pipeline.scheduler, sampling.guidance_scale))
         found = {"norms": seen.norms.numpy(), "timesteps": seen.timesteps.numpy()}
     if "anisotropy" in rivals:
         found["anisotropy"] = seen.cosines.numpy()
     if looked_at - {"loss"}:
         found["pictures"] = pictures
     if "loss" in rivals:
-        found["loss"] = own_loss(pipeline, batch, pictures, form)
+        found["loss"] = own_loss(pipeline, batch, pictures, made[0])
     return found
 
 

@@ -7,21 +7,21 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
-from memfilter.eval.generate import Job, arguments_of
+from memfilter.eval.generate import Job
 from memfilter.functional import squared_error
-from memfilter.inference.calls import first_calls
+from memfilter.inference.calls import Call
 
 RIVALS = ("density_l2", "density_copies", "anisotropy", "loss")
 TILES = 4  # a side
 LOSS_AT = (100, 300, 500, 700)  # of 1000 timesteps
 
 
-def distances(pictures: np.ndarray, distance: Callable[[np.ndarray, np.ndarray], np.ndarray]) -> np.ndarray:
-    """Between all pictures of a prompt: uint8 [P, S, H, W, 3] -> [P, S, S]."""
-    count = pictures.shape[1]
-    found = np.zeros((len(pictures), count, count), np.float32)
+def distances(seen: np.ndarray, distance: Callable[[np.ndarray, np.ndarray], np.ndarray]) -> np.ndarray:
+    """Between all pictures of a prompt, or what is compared of them: [P, S, ...] -> [P, S, S]."""
+    count = seen.shape[1]
+    found = np.zeros((len(seen), count, count), np.float32)
     for a, b in zip(*np.triu_indices(count, 1), strict=True):
-        found[:, a, b] = found[:, b, a] = distance(pictures[:, a], pictures[:, b])
+        found[:, a, b] = found[:, b, a] = distance(seen[:, a], seen[:, b])
     return found
 
 
@@ -65,13 +65,16 @@ def fresh_generator(job: Job, place: int) -> torch.Generator:
 
 
 @torch.no_grad()
-def own_loss(pipeline, batch: list[Job], pictures: np.ndarray, form: tuple) -> np.ndarray:
+def own_loss(pipeline, batch: list[Job], pictures: np.ndarray, call: Call) -> np.ndarray:
     """Loss of the conditional prediction for the model's own pictures, mean over `LOSS_AT`. uint8 [B, H, W, 3] -> [B]
+
+    Args:
+        call: one of their generation's, for what the denoiser is told of the prompts.
 
     The noise has nothing to do with what the picture was made from: under that, a deterministic sampler's loss would tell how
     straight its way was.
     """
-    call, vae, scheduler = first_calls(pipeline, 1, **arguments_of(batch, *form))[0], pipeline.vae, pipeline.scheduler
+    vae, scheduler = pipeline.vae, pipeline.scheduler
     pixels = torch.from_numpy(pictures).permute(0, 3, 1, 2).to(vae.device, vae.dtype) / 127.5 - 1
     latents = (vae.encode(pixels).latent_dist.mean - (vae.config.shift_factor or 0)) * vae.config.scaling_factor
     total = scheduler.config.num_train_timesteps

@@ -117,11 +117,12 @@ def test_anisotropy_weighs_both_by_their_spread_among_clean_prompts(rng):
 def test_loss_is_that_of_the_training_objective_on_the_own_picture(pipeline):
     batch = [Job(0, PROMPTS[0], 0), Job(1, PROMPTS[1], 0)]
     pictures = generate_batch(pipeline, batch, *FORM)
-    found = own_loss(pipeline, batch, pictures, FORM)
-    again = own_loss(pipeline, batch[1:], pictures[1:], FORM)
+    call = first_calls(pipeline, 1, **arguments_of(batch, *FORM))[0]
+    found = own_loss(pipeline, batch, pictures, call)
+    again = own_loss(pipeline, batch[1:], pictures[1:], first_calls(pipeline, 1, **arguments_of(batch[1:], *FORM))[0])
     assert found.shape == (2,) and (found > 0).all()
     np.testing.assert_allclose(again, found[1:], rtol=1e-3)
-    other = own_loss(pipeline, batch, pictures[::-1].copy(), FORM)
+    other = own_loss(pipeline, batch, pictures[::-1].copy(), call)
     assert not np.allclose(found, other)
 
 
@@ -130,11 +131,12 @@ def test_loss_is_the_mean_over_its_timesteps_each_at_a_known_noise(pipeline, mon
     batch = [Job(0, PROMPTS[0], 0), Job(1, PROMPTS[1], 2)]
     pictures = generate_batch(pipeline, batch, *FORM)
     monkeypatch.setattr(rivals, "LOSS_AT", (300, 700))
-    found, scheduler, losses = own_loss(pipeline, batch, pictures, FORM), pipeline.scheduler, []
+    call, scheduler, losses = first_calls(pipeline, 1, **arguments_of(batch, *FORM))[0], pipeline.scheduler, []
+    found = own_loss(pipeline, batch, pictures, call)
     with torch.no_grad():
         pixels = torch.from_numpy(pictures / 127.5 - 1).permute(0, 3, 1, 2).float()
         latents = pipeline.vae.encode(pixels).latent_dist.mean * pipeline.vae.config.scaling_factor
-        cond = first_calls(pipeline, 1, **arguments_of(batch, *FORM))[0].cond | {"return_dict": True}
+        cond = call.cond | {"return_dict": True}
         for place, at in enumerate((300, 700)):
             drawn = [torch.randn(latents.shape[1:], generator=fresh_generator(job, place)) for job in batch]
             noise, when = torch.stack(drawn), torch.tensor([at] * 2)
