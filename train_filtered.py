@@ -7,6 +7,7 @@ interrupted by SIGTERM or SIGUSR1 after a checkpoint was made, go on with --chec
 
 import os
 import sys
+import time
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -16,8 +17,11 @@ def main(argv: list[str] | None = None) -> int:
 
     try:
         config = parse(sys.argv[1:] if argv is None else argv, __doc__)
-    except ConfigError as error:  # every process finds the same
-        return report_error(error) if os.environ.get("LOCAL_RANK", "0") == "0" else 1
+    except ConfigError as error:  # every process finds the same, and the first of a host tells
+        if os.environ.get("LOCAL_RANK", "0") != "0":
+            time.sleep(30)  # launchers end the others as soon as one has failed, and it might not have told yet
+            return 1
+        return report_error(error)
 
     import logging
 

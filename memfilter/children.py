@@ -79,8 +79,9 @@ class Children:
         self.stopped = True  # before the lock: a signal in the midst of this would wait for itself
         with self._lock:
             for child in self._running:
-                with suppress(ProcessLookupError, psutil.NoSuchProcess):  # it has just ended
+                with suppress(psutil.NoSuchProcess):  # it has just ended, and what it started may live
                     self._told += psutil.Process(child.pid).children(recursive=True)
+                with suppress(ProcessLookupError):
                     os.killpg(child.pid, signal.SIGTERM)
 
     def wait(self) -> None:

@@ -1,6 +1,7 @@
 """Real launches of the training script: one process, several under torchrun (gloo), with and without DeepSpeed."""
 
 import atexit
+import itertools
 import json
 import multiprocessing
 import os
@@ -18,6 +19,7 @@ from pathlib import Path
 import psutil
 
 ROOT = Path(__file__).resolve().parents[1]
+PATIENCE = 600  # seconds, for what ends by itself: a busy machine takes ten times as long as an idle one
 
 
 def start(settings, processes: int | None = 1, zero: str | Path | None = None, script="train_filtered.py", **environment):
@@ -54,7 +56,7 @@ def _variables(zero: str | Path | None) -> dict[str, str]:
 
 def run(
     settings, processes: int | None = 1, zero: str | Path | None = None, script="train_filtered.py",
-    seconds: float = 300, code: int | None = 0, **environment,
+    seconds: float = PATIENCE, code: int | None = 0, **environment,
 ) -> str:  # fmt: skip
     """Runs the script to its end, expects an exit code (None: any), and returns what it printed.
 
@@ -177,7 +179,7 @@ def kill(process: subprocess.Popen) -> None:
     process.wait()
 
 
-def wait_for_end_of(processes: list[psutil.Process], seconds: float = 60) -> None:
+def wait_for_end_of(processes: list[psutil.Process], seconds: float = PATIENCE) -> None:
     """Until none of them runs; there may be nobody, or nobody quick, to collect what they leave."""
     end = time.monotonic() + seconds
     while left := [process for process in processes if _runs(process)]:
@@ -192,20 +194,30 @@ def _runs(process: psutil.Process) -> bool:
         return False
 
 
-def wait_until(condition, process: subprocess.Popen, seconds: float = 120, every: float = 0.002):
+def wait_until(condition, process: subprocess.Popen, seconds: float = PATIENCE, every: float = 0.002):
     """What the condition gives, once that is something."""
     end = time.monotonic() + seconds
-    while not (found := condition()):
-        assert process.poll() is None, process.communicate()[0]
+    while True:
+        ended = process.poll() is not None  # before the condition, which it may have met at its end
+        if found := condition():
+            return found
+        assert not ended, process.communicate()[0]
         assert time.monotonic() < end, "it did not come about"
         time.sleep(every)
-    return found
 
 
 def free_port() -> int:
-    with socket.socket() as held:
-        held.bind(("127.0.0.1", 0))
-        return held.getsockname()[1]
+    """One that is not among those that systems give away, since it is taken only when a process has started."""
+    worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
+    for _ in range(1000):
+        port = 20_000 + 1000 * worker + next(_ports) % 1000
+        with socket.socket() as held, suppress(OSError):
+            held.bind(("127.0.0.1", port))
+            return port
+    raise AssertionError("no port is free")
+
+
+_ports = itertools.count(os.getpid())
 
 
 def lines(path: Path) -> list[dict]:

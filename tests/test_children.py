@@ -23,7 +23,7 @@ ROOT = Path(__file__).resolve().parents[1]
 )
 def test_what_ends_it_waits_for_the_checkpoints(tmp_path, numbers, pause):
     run = "import signal, sys, time; signal.signal(signal.SIGTERM, lambda *_: (time.sleep(1), open('saved', 'w'), sys.exit())); "
-    run += "open('started', 'w'); time.sleep(60)"
+    run += "open('started', 'w'); time.sleep(600)"
     launcher = f"import subprocess, sys; subprocess.Popen([sys.executable, '-c', {run!r}]).wait()"  # as accelerate's: no handler
     script = (
         "import signal, sys; from pathlib import Path; from memfilter.children import children\n"
@@ -33,13 +33,13 @@ def test_what_ends_it_waits_for_the_checkpoints(tmp_path, numbers, pause):
     process = subprocess.Popen(
         [sys.executable, "-c", script], cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(ROOT)}, stderr=subprocess.DEVNULL
     )
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 600
     while not (tmp_path / "started").exists() and time.monotonic() < deadline:
         time.sleep(0.05)
     for number in numbers:
         process.send_signal(number)
         time.sleep(pause)
-    process.wait(timeout=60)
+    process.wait(timeout=600)
     assert (tmp_path / "saved").exists()
 
 

@@ -298,7 +298,7 @@ def test_sweep_that_was_killed_goes_on_and_a_run_that_fails_fails_it(sweep, tmp_
     parameters = {"filter.max_empty_steps": {"value": 3}, "filter.tau": {"values": [3.0, 0.001]}}
     command = [sys.executable, "-m", "memfilter.cli", "sweep", sweep("runs", 240, **parameters), "--out", tmp_path / "out", EVALUATE]
     with started(command) as process:
-        made = launching.wait_until(lambda: list(tmp_path.glob("runs/*/checkpoints/[0-9]*")), process, seconds=240)
+        made = launching.wait_until(lambda: list(tmp_path.glob("runs/*/checkpoints/[0-9]*")), process)
         children = psutil.Process(process.pid).children(recursive=True)
         process.kill()
         for child in children:
@@ -324,7 +324,7 @@ def test_stopping_the_sweep_stops_its_runs(sweep, tmp_path):
         children = psutil.Process(process.pid).children(recursive=True)
         assert children
         process.send_signal(signal.SIGTERM)
-        assert process.wait(timeout=60) == 130
+        assert process.wait(timeout=launching.PATIENCE) == 130
     assert (tmp_path / "errors").read_text().endswith("interrupted\n") and "Traceback" not in (tmp_path / "errors").read_text()
     launching.wait_for_end_of(children, seconds=1)  # it has waited for them
 

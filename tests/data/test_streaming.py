@@ -430,7 +430,7 @@ def test_shards_come_from_a_web_server(stream, server, workers):
 
 
 def test_what_a_web_server_does_not_give_is_named(stream, server, monkeypatch):
-    monkeypatch.setattr(streams, "SECONDS", 0.3)
+    monkeypatch.setattr(streams, "SECONDS", 3)
     ranks = stream(f"{server}/{{00000,short,00009,silent}}.tar", samples=18)
     bad = {key: reason for key, reason in zip(flat(ranks, "key"), flat(ranks, "bad"), strict=True) if reason}
     assert bad.keys() == {f"{server}/{name}.tar" for name in ("short", "silent", "00009")}

@@ -71,7 +71,7 @@ def kill_at(moment, out, settings, processes: int | None, choose=family) -> None
         time.sleep(seconds)
         everyone = family(process)
         kill(choose(process))
-        process.communicate(timeout=60)
+        process.communicate(timeout=launching.PATIENCE)
         launching.wait_for_end_of(everyone)
     finally:
         with suppress(psutil.NoSuchProcess):

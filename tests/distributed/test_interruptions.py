@@ -61,7 +61,7 @@ def stopped(settings, tmp_path_factory):
         before = reported(run)
         process.terminate()
         after = reported(run)
-        output, _ = process.communicate(timeout=60)
+        output, _ = process.communicate(timeout=launching.PATIENCE)
     return run, process.returncode, before, after, output
 
 
@@ -96,10 +96,10 @@ def worker(process, rank: int) -> psutil.Process:
     return found
 
 
-def kill_when(condition, settings, delay: float = 0) -> str:
+def kill_when(condition, settings, delay: float = 0, **named) -> str:
     """Starts a run and kills it, so many seconds after the condition came true, or else at a moment when it holds: that
     is looked up while the process stands still. Returns what it printed."""
-    with job(settings, processes=None) as process:
+    with job(settings, processes=None, **named) as process:
         while True:
             launching.wait_until(condition, process)
             time.sleep(delay)
@@ -109,7 +109,7 @@ def kill_when(condition, settings, delay: float = 0) -> str:
                 break
             process.send_signal(signal.SIGCONT)
         launching.kill(process)
-        output, _ = process.communicate(timeout=60)
+        output, _ = process.communicate(timeout=launching.PATIENCE)
     assert process.returncode == -signal.SIGKILL
     return output
 
@@ -183,12 +183,30 @@ def assert_same_results(run, other) -> None:
     assert same(content(checkpoints(run)[-1]), content(checkpoints(other)[-1]))
 
 
+STANDING = """
+import os, runpy, signal, sys
+
+sys.path.insert(0, os.getcwd())
+from memfilter.train.loop import Trainer
+
+close = Trainer._close_files
+
+def stand_still(*args):
+    open(os.environ["STANDING"], "w").close()
+    os.kill(os.getpid(), signal.SIGSTOP)
+    close(*args)
+
+Trainer._close_files = stand_still
+runpy.run_path("train_filtered.py", run_name="__main__")
+"""
+
+
 def test_killed_five_times_it_ends_in_the_same_results(settings, whole, tmp_path):
     run, moments = tmp_path / "run", random.Random(7)
     going_on = settings(run, RESUME)
     # while a checkpoint is written
     kill_when(lambda: newest(run) >= EVERY and partials(run), settings(run))
-    assert newest(run) == EVERY and partials(run)[0].name == f".{2 * EVERY:012d}.partial"
+    assert partials(run)[0].name == f".{newest(run) + EVERY:012d}.partial"
     # with something to report that no report has told
     kill_when(lambda: newest(run) > 3 * EVERY and reported(run) < newest(run), going_on)
     kill_when(lambda: newest(run) >= 5 * EVERY, going_on, delay=moments.uniform(0, 0.25))
@@ -196,7 +214,10 @@ def test_killed_five_times_it_ends_in_the_same_results(settings, whole, tmp_path
     # with nothing left to do but to say so, after a start at which the newest checkpoint had not reached the disk
     *_, before, damaged = checkpoints(run)
     cut(damaged, "optimizer.bin")
-    output = kill_when(lambda: (run / "pipeline").exists() and not (run / "summary.json").exists(), going_on)
+    (script := tmp_path / "standing.py").write_text(STANDING)
+    standing = tmp_path / "standing"
+    output = kill_when(standing.exists, going_on, script=script, STANDING=str(standing))
+    assert (run / "pipeline").exists() and not (run / "summary.json").exists()
     assert f"passed over {damaged}: it is not whole" in output and f"goes on from {before}" in output
     assert f"goes on from {checkpoints(run)[-1]}" in launching.run(going_on, processes=None)
     assert_same_results(run, whole)
@@ -268,29 +289,41 @@ def whole_of_two(settings, tmp_path_factory):
     return run
 
 
-def signal_two(settings, run, send) -> tuple[int, int, str]:
-    """Signals two processes under torchrun in their midst; returns samples reported before and after, and the output."""
+def signal_two(settings, run, send) -> tuple[int, str]:
+    """Signals two processes under torchrun in their midst, while the second stands still and the first waits for it; returns
+    the samples reported by then, and the output."""
     codes = run.parent / "codes"
     codes.mkdir()
     (script := run.parent / "noting.py").write_text(NOTING)
-    with job(settings, processes=2, script=script, EXIT_CODES=str(codes)) as process:
+    with job(settings, processes=2, script=script, EXIT_CODES=str(codes), TORCH_ELASTIC_SHUTDOWN_TIMEOUT="300") as process:
         launching.wait_until(lambda: reported(run) >= SAMPLES // 4, process)
-        before = reported(run)
+        second = worker(process, 1)
+        second.suspend()
+        told = None
+        while told != (told := reported(run)):
+            time.sleep(1)
         send(process)
-        after = reported(run)
-        output, _ = process.communicate(timeout=60)
+        launching.wait_until(lambda: is_pending(second), process)
+        second.resume()
+        output, _ = process.communicate(timeout=launching.PATIENCE)
         assert not alive(process)
     assert process.returncode not in (0, None)
     assert {path.name: path.read_text() for path in codes.iterdir()} == {"0": "75", "1": "75"}, output
-    return before, after, output
+    return told, output
+
+
+def is_pending(process: psutil.Process) -> bool:
+    """Whether a signal waits for a process that stands still."""
+    status = Path("/proc", str(process.pid), "status").read_text()
+    return any(int(line.split()[1], 16) for line in status.splitlines() if line.startswith(("SigPnd", "ShdPnd")))
 
 
 def test_sigterm_to_torchrun_stops_both_and_they_go_on(settings, tmp_path):
     run, whole = tmp_path / "run", tmp_path / "whole"
     # torchrun signals those that read the data, too
     command = settings(run, *EVERY_STEP, "--data.workers=1", "--train.samples=80000")
-    before, after, output = signal_two(command, run, lambda process: process.terminate())
-    assert before <= newest(run) <= after + 2 * STEP  # it takes a moment to pass the signal on
+    told, output = signal_two(command, run, lambda process: process.terminate())
+    assert told <= newest(run) <= told + STEP
     assert f"SIGTERM after {newest(run)} samples: go on from {checkpoints(run)[-1]}" in output
     shortly = f"--train.samples={newest(run) + 3 * STEP}"
     launching.run(settings(run, *EVERY_STEP, RESUME, shortly), processes=2)
@@ -301,8 +334,8 @@ def test_sigterm_to_torchrun_stops_both_and_they_go_on(settings, tmp_path):
 def test_signal_to_one_of_two_stops_both_and_one_process_goes_on(settings, whole_of_two, tmp_path):
     run = tmp_path / "run"
     send = lambda process: worker(process, 1).send_signal(signal.SIGUSR1)  # noqa: E731
-    before, after, output = signal_two(settings(run, *EVERY_STEP), run, send)
-    assert before <= newest(run) <= after + STEP
+    told, output = signal_two(settings(run, *EVERY_STEP), run, send)
+    assert told <= newest(run) <= told + STEP
     assert f"another rank's signal after {newest(run)} samples: go on from {checkpoints(run)[-1]}" in output
     launching.run(settings(run, *EVERY_STEP, RESUME, f"--train.batch_size={STEP}"), processes=None)
     shown = ["position", "key", "duplicate", "timestep"]
@@ -326,7 +359,7 @@ def test_error_of_one_rank_ends_the_job(settings, scenes_dir, tmp_path):
     command = settings(run, *EVERY_STEP, f"--data.path={data}", "--data.max_bad_share=0")
     with job(command, processes=2) as process:
         launching.wait_until(lambda: reported(run) == 2 * STEP, process)
-        output, _ = process.communicate(timeout=60)
+        output, _ = process.communicate(timeout=launching.PATIENCE)
         assert not alive(process)
     assert process.returncode == 1
     assert "error: rank 1: 1 samples could not be read, more than data.max_bad_share allows" in output

@@ -21,6 +21,8 @@ def records(path) -> list[Record]:
     """What an offline file holds, up to where it was cut short. It is a log as LevelDB has it: blocks of 32 KiB, in which
     no header of a record is split."""
     data, found, record = path.read_bytes(), [], b""
+    if len(data) < 7:  # it has just been opened
+        return []
     assert struct.unpack("<4sHB", data[:7]) == (b":W&B", 0xBEE1, 0)
     at = 7
     while at + 7 <= len(data):
@@ -151,12 +153,13 @@ def sessions(settings, nowhere, tmp_path_factory):
         ranks = [p for p in process.processes() if p.name().startswith("python")]
         found.opened.append([sum(c.name() == "wandb-core" for c in p.children()) for p in sorted(ranks, key=rank_of)])
         process.send_signal(signal.SIGTERM)
-        found.output, _ = process.communicate(timeout=120)
+        found.output, _ = process.communicate(timeout=launching.PATIENCE)
     found.configs.append(newest(run)["config"])
     found.stopped = newest(run)["samples"]
+    launching.run(["--help"], processes=None)  # what later processes are forked from has started
     began = time.monotonic()
     last = settings(run, "--checkpoint.resume=true", samples=found.stopped + 3 * EVERY)
-    launching.run(last, processes=2, seconds=120, **nowhere.environment)
+    launching.run(last, processes=2, **nowhere.environment)
     found.seconds = time.monotonic() - began
     found.configs.append(yaml.safe_load((run / "config.yaml").read_text()))
     found.run, found.files = run, [records(path) for path in files(run)]
@@ -230,7 +233,7 @@ def test_signal_to_all_processes_of_a_job_ends_wandb_and_not_the_checkpoint(sett
         launching.wait_until(lambda: reported(run) >= 3 * EVERY, process)
         for each in (process, *process.processes()):  # as scancel and systemd do
             each.send_signal(signal.SIGTERM)
-        output, _ = process.communicate(timeout=120)
+        output, _ = process.communicate(timeout=launching.PATIENCE)
     stopped = newest(run)["samples"]
     assert f" after {stopped} samples: go on from" in output
     assert reported(run) == stopped

@@ -54,7 +54,7 @@ def browse(path, work) -> tuple[str, list[str], list[str]]:
     )
     files = f"--user-data-dir={work / 'profile'}", f"--log-net-log={work / 'net.json'}"
     done = subprocess.run(
-        [CHROMIUM, *flags.split(), *files, path.as_uri()], capture_output=True, text=True, timeout=120
+        [CHROMIUM, *flags.split(), *files, path.as_uri()], capture_output=True, text=True, timeout=600
     )
     requests = [event.get("params", {}) for event in json.loads((work / "net.json").read_text())["events"]]
     # what the browser asks for on its own account has no origin

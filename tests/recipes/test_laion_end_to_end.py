@@ -17,6 +17,8 @@ import threading
 import time
 import zlib
 from collections import Counter
+from contextlib import suppress
+from functools import lru_cache
 from itertools import count
 from pathlib import Path
 from types import SimpleNamespace
@@ -95,6 +97,11 @@ def encoded(picture: Image.Image, form: str, quality: int = 95) -> bytes:
     return buffer.getvalue()
 
 
+@lru_cache(maxsize=None)  # the server shares a process with the test, and has eighty callers
+def photograph(number: int) -> bytes:
+    return encoded(scenes.render(scene(number), SIZE), "jpeg")
+
+
 def black_png(width: int, height: int) -> bytes:
     """A small file of very many pixels."""
 
@@ -169,7 +176,7 @@ class Site:
             while not self.ended.wait(0.3):
                 handler.wfile.write(content)
 
-        jpg = encoded(scenes.render(scene(number), SIZE), "jpeg")
+        jpg = photograph(number)
         match behaviour:
             case "jpg":
                 send(jpg)
@@ -311,7 +318,7 @@ def command(*arguments, **options) -> subprocess.Popen:
 def run(*arguments, code: int = 0) -> str:
     process = command(*arguments)
     try:
-        output, _ = process.communicate(timeout=240)
+        output, _ = process.communicate(timeout=launching.PATIENCE)
     finally:
         end(process)
     assert process.returncode == code, output
@@ -326,7 +333,8 @@ def end(process: subprocess.Popen) -> None:
     except psutil.NoSuchProcess:
         return
     for member in family:
-        member.kill()
+        with suppress(psutil.NoSuchProcess):
+            member.kill()
     launching.wait_for_end_of(family)
 
 
@@ -449,7 +457,8 @@ def test_what_is_ended_leaves_no_process_and_no_half_shard_and_what_goes_on_is_n
         == f"error: another download still writes to {tmp_path / 'out'}: wait for it or end it\n"
     )
     for orphan in orphans:
-        orphan.kill()
+        with suppress(psutil.NoSuchProcess):
+            orphan.kill()
     launching.wait_for_end_of(orphans)
 
     site.asked.clear()
@@ -459,7 +468,7 @@ def test_what_is_ended_leaves_no_process_and_no_half_shard_and_what_goes_on_is_n
     family = psutil.Process(process.pid).children(recursive=True)
     assert family
     process.terminate()
-    assert process.wait(30) == 128 + signal.SIGTERM
+    assert process.wait(launching.PATIENCE) == 128 + signal.SIGTERM
     launching.wait_for_end_of(family, seconds=5)
     assert not list((tmp_path / "out").glob("*.tar"))
     site.close()

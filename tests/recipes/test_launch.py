@@ -67,7 +67,7 @@ def started(command, where, **environment):
         process.communicate()
 
 
-def run(command, where, code=0, seconds=120, **environment) -> str:
+def run(command, where, code=0, seconds=launching.PATIENCE, **environment) -> str:
     """What the command prints until it exits with this code."""
     with started(command, where, **environment) as process:
         output, _ = process.communicate(timeout=seconds)
@@ -111,7 +111,7 @@ def test_several_processes_are_asked_to_stop_and_go_on_under_accelerate_launch(s
     with started(script("multi_gpu.sh", *settings(there, samples=80_000)), tmp_path, NPROC="2", **CPU) as process:
         launching.wait_until(has_begun(there), process)
         process.send_signal(signal.SIGUSR1)
-        output, _ = process.communicate(timeout=120)
+        output, _ = process.communicate(timeout=launching.PATIENCE)
     assert process.returncode == 1  # of torchrun
     stopped = json.loads(max((there / "checkpoints").glob("*/state.json")).read_text())["samples"]
     assert f" after {stopped} samples: go on from" in output  # whichever rank heard it
@@ -128,7 +128,7 @@ def test_two_nodes_of_one_process_each(settings, tmp_path):
     command = script("multi_node.sh", *settings(tmp_path / "run"))
     with started(command, tmp_path, NODE_RANK="1", **node) as second:
         run(command, tmp_path, NODE_RANK="0", **node)
-        output, _ = second.communicate(timeout=30)
+        output, _ = second.communicate(timeout=launching.PATIENCE)
     assert second.returncode == 0, output
     assert world(tmp_path / "run") == ("DDP or one process", 2, 16)
 
@@ -361,7 +361,7 @@ def test_slurm_job_is_requeued_before_its_time_is_up_and_goes_on_to_its_end(sett
         assert {"pt_data_worker", "wandb-core"} < {p.name() for p in job_step}
         for each in job_step:  # Slurm signals all there is in the step
             each.send_signal(signal.SIGUSR1)
-        output, _ = process.communicate(timeout=120)
+        output, _ = process.communicate(timeout=launching.PATIENCE)
     assert process.returncode == 75, output
     assert " samples: go on from" in output and requeued(tmp_path) == ["requeue 7"]
     stopped = launching.lines(there / "metrics.jsonl")[-1]["samples"]
