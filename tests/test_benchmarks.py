@@ -157,6 +157,8 @@ def test_share_of_the_effect_is_of_evidence_without_savings(table, tmp_path):
         "scenario,method,setting,time_ratio,step_ratio\n"
         "a,evidence,with savings,0.52,1.02\na,evidence,with savings,0.54,1.04\nd,evidence,with savings,1.1,1.2\n"
     )
+    with pytest.raises(SystemExit, match="no rows of .a. evidence without savings"):
+        module.effects(table(none=((0.2, 0.4, 0.6), {}), evidence_with_savings=((0.04, 0.04, 0.04), {}))[1], tmp_path)
     lines, both = module.effects(rows, tmp_path), [module.mean([0.52, 0.54]), module.mean([1.02, 1.04])]
     # of falls of 0.2, 0.4 and 0.6 all but 0.04 are left: the least and the most that three seeds drawn anew can give
     own = f"0.90 ({1 - 0.04 / 0.2:.2f} to {1 - 0.04 / 0.6:.2f})"
