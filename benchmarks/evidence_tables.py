@@ -183,13 +183,14 @@ def draw_costs(table: Table, results: Path) -> None:
         return
     figure = Figure(figsize=(10, 4.2), layout="constrained")
     for axis, (scenario, limit) in zip(figure.subplots(1, len(LIMITS), sharey=True), LIMITS.items(), strict=True):
-        for setting, seeds in settings.items():
+        for place, (setting, seeds) in enumerate(settings.items()):
             if times := ratios.get((scenario, *setting, "step_ratio")):
                 share, low, high = share_of_effect(table, setting, seeds)
                 x = np.array(times)
                 axis.errorbar(x.mean(), share, [[max(0, share - low)], [max(0, high - share)]], half_width(x), MARKERS["evidence"],
                               color=COLOURS["evidence"], capsize=2, lw=1)  # fmt: skip
-                axis.annotate(setting[1], (x.mean(), share), (6, 5), textcoords="offset points", fontsize=8)
+                # settings that cost alike are named above each other
+                axis.annotate(setting[1], (x.mean(), share), (6, (6, -14, 20, -28)[place % 4]), textcoords="offset points", fontsize=8)
         axis.axvline(limit, color="#868e96", lw=1, ls="--")
         axis.axhline(KEPT, color="#868e96", lw=1, ls="--")
         axis.set_title(NAMES[scenario], fontsize=9)
