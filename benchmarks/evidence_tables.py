@@ -190,7 +190,7 @@ def draw_costs(table: Table, results: Path) -> None:
                 axis.errorbar(x.mean(), share, [[max(0, share - low)], [max(0, high - share)]], half_width(x), MARKERS["evidence"],
                               color=COLOURS["evidence"], capsize=2, lw=1)  # fmt: skip
                 # settings that cost alike are named above each other
-                axis.annotate(setting[1], (x.mean(), share), (6, (6, -14, 20, -28)[place % 4]), textcoords="offset points", fontsize=8)
+                axis.annotate(setting[1], (x.mean(), share), (6, (6, -14, 20, -28, 34)[place % 5]), textcoords="offset points", fontsize=8)
         axis.axvline(limit, color="#868e96", lw=1, ls="--")
         axis.axhline(KEPT, color="#868e96", lw=1, ls="--")
         axis.set_title(NAMES[scenario], fontsize=9)
