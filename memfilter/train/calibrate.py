@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from accelerate.utils import gather_object
+from accelerate.utils import broadcast_object_list, gather_object
 from diffusers import DDPMScheduler
 from tqdm import tqdm
 
@@ -35,8 +35,8 @@ def calibrate(config: Config, out: Path, keys: int = 300, looks: int = 40, progr
     """Looks at clean samples several times each, with the weights of model.path at rest, and writes what it found.
 
     Samples are clean that the index does not call duplicates; where there is none, all are taken to be. They are drawn
-    from train.seed, and each is looked at under fresh noise at timesteps drawn uniformly. Of several processes each takes
-    every n-th sample; the file is the same.
+    from train.seed, in the place of those that cannot be read come the next, and each is looked at under fresh noise at
+    timesteps drawn uniformly. Of several processes each takes every n-th sample; the file is the same.
 
     Args:
         config: of the training run.
@@ -45,7 +45,8 @@ def calibrate(config: Config, out: Path, keys: int = 300, looks: int = 40, progr
         looks: at each sample; the guarantee is for so many.
 
     Raises:
-        ConfigError, ModelError, ShardError: something cannot be run, or there are fewer clean samples.
+        ConfigError, ModelError, ShardError: something cannot be run, there are fewer clean samples that can be read, or more
+            that cannot than are asked for.
     """
     check(config)
     if keys < 6 or looks < 1:
@@ -59,11 +60,21 @@ def calibrate(config: Config, out: Path, keys: int = 300, looks: int = 40, progr
     noise_scheduler = DDPMScheduler.from_config(pipeline.scheduler.config)
     encoder = Encoder(pipeline, accelerator.device, rows=config.train.batch_size)
     require_suitable(config, pipeline, noise_scheduler, resolution)
-    chosen = _clean(experiment, keys, config.train.seed)
 
+    def dataset_of(rows: np.ndarray) -> SampleDataset:
+        return SampleDataset(shards, experiment, _InTurn(rows, config.train.seed), View(resolution), len(rows) * looks)
+
+    clean = _clean(experiment, keys, config.train.seed)
+    # one process tries for all: a file system may fail one of them
+    tried = list(_tried(dataset_of(clean), keys)) if accelerator.is_main_process else [None, None]
+    chosen, reasons = broadcast_object_list(tried)
+    if len(chosen) < keys:
+        raise ConfigError(f"calibrate needs {keys} clean samples that can be read, found {len(chosen)} among {len(reasons)} "
+                          f"that cannot: {reasons[0]}")  # fmt: skip
+    if reasons:
+        log.warning("left out, since they cannot be read: %d, the first of them: %s", len(reasons), reasons[0])
     # position = look * keys + key: every look has its own noise and timestep
-    stream = _InTurn(chosen, config.train.seed)
-    dataset = SampleDataset(shards, experiment, stream, View(resolution), keys * looks)
+    dataset = dataset_of(clean[chosen])
     digest = weights_digest(pipeline.unet)
     unet = pipeline.unet.to(accelerator.device).eval()
     null_pass = MemFilter(float("inf")).wrap(unet, null=encoder.null, scheduler=noise_scheduler).to(accelerator.device)
@@ -79,7 +90,7 @@ def calibrate(config: Config, out: Path, keys: int = 300, looks: int = 40, progr
             rows = range(start, min(start + size, looks * keys))
             batch = collate([dataset[position] for position in rows])
             if bad := [reason for reason in batch["bad"] if reason is not None]:
-                raise ConfigError(f"calibrate meets a sample that cannot be read: {bad[0]}")
+                raise ConfigError(f"calibrate meets a sample that cannot be read any more: {bad[0]}")
             inputs = objective.inputs(batch)
             with accelerator.autocast():
                 cond = unet(inputs.noisy_latents, inputs.timesteps, **inputs.conditions).sample
@@ -116,7 +127,7 @@ class _InTurn(SampleStream):
 
 
 def _clean(experiment: Experiment, count: int, seed: int) -> np.ndarray:
-    """Rows of so many samples that are not known to be duplicates, in random order."""
+    """Rows of the samples that are not known to be duplicates, at least so many, in random order."""
     rows = np.arange(len(experiment.keys))
     if experiment.duplicate is None:
         log.warning("there is no index that tells duplicates: all samples are taken to be clean")
@@ -124,7 +135,18 @@ def _clean(experiment: Experiment, count: int, seed: int) -> np.ndarray:
         rows = rows[~experiment.duplicate]
     if len(rows) < count:
         raise ConfigError(f"calibrate needs {count} clean samples, data.path has {len(rows)}: ask for fewer keys")
-    return np.random.default_rng(seed).permutation(rows)[:count]
+    return np.random.default_rng(seed).permutation(rows)
+
+
+def _tried(dataset: SampleDataset, count: int) -> tuple[list[int], list[str]]:
+    """The first so many positions that can be read, and why those before them cannot; fewer, where more cannot."""
+    chosen, reasons = [], []
+    for position in range(len(dataset.stream.rows)):
+        reason = dataset[position]["bad"]
+        chosen.append(position) if reason is None else reasons.append(reason)
+        if len(chosen) == count or len(reasons) > count:
+            break
+    return chosen, reasons
 
 
 def table(calibration: Calibration) -> str:
@@ -145,7 +167,7 @@ HELP = """Look at clean samples with the model as it is, before it is fine-tuned
 
 Takes the settings of the training run; afterwards train with --filter.calibration=calibration.json, or what --out names.
 Clean are the samples of data.path that its index does not call duplicates, and all of them where no index tells. --keys says
-how many are looked at, --looks how often each. A third of the keys becomes the reference; with the n others a false flag rate
+how many are looked at, --looks how often each; what cannot be read is left out, and others drawn. A third of the keys becomes the reference; with the n others a false flag rate
 of 1 / (n + 1) and above can be asked for, and the guarantee is for as many looks. Prints the norm's quantiles by timestep.
 Several processes share the work: `accelerate launch -m memfilter.cli calibrate ...`.
 """

@@ -261,15 +261,39 @@ def test_what_cannot_be_calibrated_is_told_in_one_line(settings, refused, tmp_pa
     assert not (tmp_path / "out.json").exists()
 
 
-def test_sample_that_cannot_be_read_is_named(settings, refused, tmp_path, scenes_dir):
-    shards, data = Shards.open(scenes_dir), tmp_path / "data"
-    data.mkdir()
-    for key in shards.keys()[:KEYS]:
-        shards.image(key).save(data / f"{key}.png")
-        (data / f"{key}.txt").write_text(shards.caption(key))
-    (data / f"{key}.png").write_bytes(b"no picture")
+@pytest.fixture
+def folder(scenes_dir, tmp_path):
+    """Factory: folder(name, contents) has KEYS samples; in the order in which they are drawn they show these of the scenes."""
+    shards = Shards.open(scenes_dir)
+
+    def make(name: str, contents: list[int | None]):
+        data, drawn = tmp_path / name, np.random.default_rng(SEED).permutation(KEYS)
+        data.mkdir()
+        for place, content in zip(drawn, contents, strict=True):
+            key = shards.keys()[content or 0]
+            shards.image(key).save(data / f"{place}.png")
+            (data / f"{place}.txt").write_text(shards.caption(key))
+            if content is None:
+                (data / f"{place}.png").write_bytes(b"no picture")
+        return data
+
+    return make
+
+
+def test_in_the_place_of_samples_that_cannot_be_read_come_the_next(settings, folder, tmp_path, caplog):
+    found = []
+    for name, contents in {"broken": [0, None, 2, 3, 4, 5, 6], "whole": [0, 2, 3, 4, 5, 6, 1]}.items():
+        out = tmp_path / f"{name}.json"
+        assert command(settings(out, "sd1", "--keys=6", f"--data.path={folder(name, contents)}")) == 0
+        found.append(Calibration.load(out))
+    assert torch.equal(found[0].signals, found[1].signals)
+    assert "left out, since they cannot be read: 1, the first of them: " in caplog.text
+
+
+def test_fewer_samples_that_can_be_read_than_are_asked_for_are_refused(settings, refused, folder, tmp_path):
+    data = folder("data", [0, None, 2, 3, 4, 5, 6])
     error = refused(settings(tmp_path / "out.json", "sd1", f"--data.path={data}"))
-    assert error.startswith("calibrate meets a sample that cannot be read: ") and repr(key) in error
+    assert error.startswith(f"calibrate needs {KEYS} clean samples that can be read, found {KEYS - 1} among 1 that cannot: ")
     assert not (tmp_path / "out.json").exists()
 
 
