@@ -8,17 +8,16 @@ source launch/environment.sh
 export HF_HUB_OFFLINE=1 # nothing is needed from there
 runs=runs/quickstart
 export OMP_NUM_THREADS=1 # one core for each of the two runs
-trap 'trap - TERM; kill 0' TERM
+# a shell gives what it starts in the background no Ctrl-C
+trap 'trap - INT TERM; kill 0' INT TERM
 
 [ -d "$runs/scenes" ] || memfilter prepare scenes "$runs/scenes"
 
 fine_tune() { # name, settings of the filter
     local name="$1"
     shift
-    if [ ! -f "$runs/$name/summary.json" ]; then
-        rm -rf "${runs:?}/$name"
-        python train_filtered.py --config configs/quickstart.yaml --run_dir "$runs/$name" "$@"
-    fi
+    # a run that is finished stays as it is
+    python train_filtered.py --config configs/quickstart.yaml --run_dir "$runs/$name" --checkpoint.resume=true "$@"
     [ -f "$runs/$name/evaluation.json" ] || memfilter evaluate "$runs/$name"
 }
 

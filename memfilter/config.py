@@ -45,7 +45,7 @@ class DataConfig:
     Args:
         path: img2dataset-style tar shards (.png/.jpg/.webp, .txt, .json): their directory, or one tar file; or a flat
             folder of pictures with .txt files of the same names; or what `save_to_disk` of Hugging Face datasets has
-            written; with streaming, what is said there.
+            written; with streaming, what is said there. By default what `memfilter prepare scenes runs/scenes` makes.
         streaming: reads from the front instead of at random: webdataset (path is a directory of tar shards, one of
             them, a pattern such as shards/{00000..00012}.tar, or either as an http(s) address) or datasets (path is a
             folder or Parquet files as Hugging Face datasets loads them, a hub id, or what save_to_disk has written).
