@@ -17,7 +17,8 @@ fine_tune() { # name, settings of the filter
     local name="$1"
     shift
     # a run that is finished stays as it is
-    python train_filtered.py --config configs/quickstart.yaml --run_dir "$runs/$name" --checkpoint.resume=true "$@"
+    python train_filtered.py --config configs/quickstart.yaml --run_dir "$runs/$name" --checkpoint.resume=true \
+        --checkpoint.every=4000 "$@"
     [ -f "$runs/$name/evaluation.json" ] || memfilter evaluate "$runs/$name"
 }
 
