@@ -98,7 +98,7 @@ class FilterConfig:
         unit: of the norm; l2 (the paper's, grows with the latent's size) or rms (divided by the root of its size).
         reduction: kept (mean over the kept samples of a micro-batch), kept_global (over those of the whole optimizer
             step) or batch (sum over kept samples / batch size).
-        max_empty_steps: so many optimizer steps in a row that keep nothing end the run.
+        max_empty_steps: so many optimizer steps in a row that keep nothing, or whose gradients overflow in fp16, end the run.
         calibration: file that `memfilter calibrate` has made with the same model; by default calibration.json in the
             model's directory.
         false_positive_rate: of method=timestep; share of ordinary samples that are dropped.

@@ -54,6 +54,14 @@ def _variables(zero: str | Path | None) -> dict[str, str]:
     return variables | more
 
 
+def sharded(directory: Path) -> Path:
+    """ZeRO-3 as shipped, but that it shards small weights too: those of tests would all be kept whole."""
+    settings = json.loads((ROOT / "configs" / "deepspeed" / "zero3.json").read_text())
+    settings["zero_optimization"] |= {"stage3_param_persistence_threshold": 0, "stage3_max_reuse_distance": 0}
+    (directory / "zero3.json").write_text(json.dumps(settings))
+    return directory / "zero3.json"
+
+
 def run(
     settings, processes: int | None = 1, zero: str | Path | None = None, script="train_filtered.py",
     seconds: float = PATIENCE, code: int | None = 0, **environment,

@@ -10,7 +10,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from accelerate.utils import broadcast_object_list, gather_object
-from diffusers import DDPMScheduler
 from tqdm import tqdm
 
 from memfilter.calibration import Calibration
@@ -23,7 +22,7 @@ from memfilter.filter import MemFilter
 from memfilter.functional import log_gain, noise_factor, squared_error, text_cosine, text_norm
 from memfilter.pipelines import ModelError, weights_digest
 from memfilter.reference import SIGNALS
-from memfilter.train.checks import WEIGHTS, facts_of_calibration, require_suitable, resolution_of
+from memfilter.train.checks import WEIGHTS, facts_of_calibration, require_suitable, resolution_of, training_scheduler
 from memfilter.train.engine import make_accelerator
 from memfilter.train.model import load_model
 from memfilter.train.objective import Objective
@@ -57,7 +56,7 @@ def calibrate(config: Config, out: Path, keys: int = 300, looks: int = 40, progr
     shards, experiment = open_data(config)
     pipeline = load_model(config)
     resolution = resolution_of(config, pipeline)
-    noise_scheduler = DDPMScheduler.from_config(pipeline.scheduler.config)
+    noise_scheduler = training_scheduler(config, pipeline)
     encoder = Encoder(pipeline, accelerator.device, rows=config.train.batch_size)
     require_suitable(config, pipeline, noise_scheduler, resolution)
 
@@ -167,8 +166,9 @@ HELP = """Look at clean samples with the model as it is, before it is fine-tuned
 
 Takes the settings of the training run; afterwards train with --filter.calibration=calibration.json, or what --out names.
 Clean are the samples of data.path that its index does not call duplicates, and all of them where no index tells. --keys says
-how many are looked at, --looks how often each; what cannot be read is left out, and others drawn. A third of the keys becomes the reference; with the n others a false flag rate
-of 1 / (n + 1) and above can be asked for, and the guarantee is for as many looks. Prints the norm's quantiles by timestep.
+how many are looked at, --looks how often each; what cannot be read is left out, and others drawn. A third of the keys
+becomes the reference; with the n others a false flag rate of 1 / (n + 1) and above can be asked for, and the guarantee is for
+as many looks. Prints the norm's quantiles by timestep.
 Several processes share the work: `accelerate launch -m memfilter.cli calibrate ...`.
 """
 

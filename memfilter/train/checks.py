@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 
 import torch
+from diffusers import DDPMScheduler
 from torch import nn
 
 from memfilter.calibration import Calibration, CalibrationError
@@ -84,6 +85,27 @@ def facts_of_calibration(config: Config, noise_scheduler, resolution: int) -> di
         "resolution": resolution,
         "unit": config.filter.unit,
     }
+
+
+def training_scheduler(config: Config, pipeline) -> DDPMScheduler:
+    """The noise schedule that the model was trained with.
+
+    Raises:
+        ModelError: it was trained otherwise than by a diffusion of steps, such as by EDM's or a flow's, or on latents that are
+            normalised by more than a factor.
+    """
+    scheduler = pipeline.scheduler
+    found = DDPMScheduler.from_config(scheduler.config)
+    named = getattr(scheduler, "alphas_cumprod", None)
+    same = named is not None and named.shape == found.alphas_cumprod.shape
+    if not same or not torch.allclose(named, found.alphas_cumprod, atol=1e-6) or scheduler.config.get("use_flow_sigmas"):
+        raise ModelError(f"model.path: {config.model.path} has a {type(scheduler).__name__} that says that it was not "
+                         "trained as a diffusion in steps (DDPM), and no other training is supported")  # fmt: skip
+    odd = [name for name in ("latents_mean", "latents_std", "shift_factor") if pipeline.vae.config.get(name)]
+    if odd:
+        raise ModelError(f"model.path: {config.model.path} has a VAE with {' and '.join(odd)}: latents that are normalised "
+                         "by more than scaling_factor are not supported")  # fmt: skip
+    return found
 
 
 def require_suitable(config: Config, pipeline, noise_scheduler, resolution: int) -> None:

@@ -11,7 +11,12 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs, DistributedType, InitProcessGroupKwargs
+from accelerate.utils import (
+    DistributedDataParallelKwargs,
+    DistributedType,
+    GradientAccumulationPlugin,
+    InitProcessGroupKwargs,
+)
 from torch import Tensor, nn
 
 from memfilter.config import Config, ConfigError
@@ -43,7 +48,8 @@ def make_accelerator(config: Config) -> Accelerator:
     try:
         accelerator = Accelerator(
             mixed_precision=config.train.mixed_precision,
-            gradient_accumulation_steps=config.train.accumulation,
+            # as a plugin, or a variable of the environment would have the last word
+            gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=config.train.accumulation),
             kwargs_handlers=handlers,
         )
     except (ImportError, ValueError, RuntimeError) as error:
@@ -81,9 +87,10 @@ def _use_plain_collectives() -> None:
 
 def leave_inputs(plugin) -> None:
     """Lets FSDP cast weights alone. It would round SDXL's sizes as well, and give back other outputs than the denoiser's, without
-    what the filter has put there; `Objective` and `Engine.for_pipeline` cast what there is to cast, as for DeepSpeed."""
+    what the filter has put there; `Objective` and `Engine.for_pipeline` cast what there is to cast, as for DeepSpeed. Gradients
+    are added up over the ranks in fp32, as DDP does."""
     if (policy := plugin.mixed_precision_policy) is not None:
-        plugin.mixed_precision_policy = replace(policy, cast_forward_inputs=False, output_dtype=None)
+        plugin.mixed_precision_policy = replace(policy, cast_forward_inputs=False, output_dtype=None, reduce_dtype=torch.float32)
 
 
 def _refusals(config: Config, accelerator: Accelerator) -> Iterator[str]:
@@ -161,6 +168,7 @@ class Engine:
         low = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(accelerator.mixed_precision)
         self.casts_weights = accelerator.distributed_type in SHARDED
         self.input_dtype = low if self.casts_weights else None
+        self.finite = torch.ones((), dtype=torch.bool, device=accelerator.device)  # whether all gradients so far were
 
     def accumulate(self):
         """The context of a micro-batch."""
@@ -181,18 +189,23 @@ class Engine:
         done = kept
         if kept and self.deepspeed:
             self.model.step()  # clips
-            done = True if self.model.was_step_applied() else None
+            done, norm = True if self.model.was_step_applied() else None, self.model.get_global_grad_norm()
         elif kept:
-            self.accelerator.clip_grad_norm_(self.trained, self.max_grad_norm)
+            norm = self.accelerator.clip_grad_norm_(self.trained, self.max_grad_norm)
             self.optimizer.step()
             done = None if self.accelerator.optimizer_step_was_skipped else True
+        if done and norm is not None:
+            norm = getattr(norm, "full_tensor", lambda: norm)()  # FSDP2's
+            self.finite &= torch.as_tensor(norm).isfinite().to(self.finite.device, non_blocking=True)
         if not self.deepspeed:
             self.optimizer.zero_grad(set_to_none=True)
         return done
 
     def for_pipeline(self) -> nn.Module:
         """The denoiser as a pipeline calls it, with the weights and in the precision of training."""
-        inside = self.accelerator.unwrap_model(self.model)
+        # accelerate's own imports DeepSpeed for it, seconds of every start where that is installed
+        whole = self.deepspeed or isinstance(self.model, nn.parallel.DistributedDataParallel)
+        inside = self.model.module if whole else self.model
         return CastingDenoiser(self.model, inside, self.input_dtype) if self.casts_weights else inside
 
     def full_weights(self) -> Iterator[Tensor]:

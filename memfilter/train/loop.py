@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import time
 from collections.abc import Callable
 from contextlib import ExitStack, closing, contextmanager, nullcontext, suppress
@@ -14,7 +15,6 @@ import numpy as np
 import torch
 import yaml
 from accelerate.utils import gather_object
-from diffusers import DDPMScheduler
 from safetensors import SafetensorError
 from torch.utils.data import DataLoader
 from tqdm import tqdm
@@ -27,10 +27,10 @@ from memfilter.data.feed import Feed
 from memfilter.data.sampler import collate
 from memfilter.data.sources import make_dataset, open_data
 from memfilter.files import atomic, held, is_full
-from memfilter.filter import EmptySteps
+from memfilter.filter import EmptySteps, NonFiniteNorm
 from memfilter.pipelines import ModelError
 from memfilter.train.checkpoint import FREE, CheckpointError, Checkpoints, changes, require_same
-from memfilter.train.checks import require_calibration, require_place, require_suitable, resolution_of
+from memfilter.train.checks import require_calibration, require_place, require_suitable, resolution_of, training_scheduler
 from memfilter.train.engine import Engine, make_accelerator
 from memfilter.train.export import export_lora, export_pipeline, with_weights
 from memfilter.train.gallery import write_gallery
@@ -91,7 +91,7 @@ class Trainer:
             shards = cache.shards(shards)
         memory = int(config.data.cache_gb * 2**30)
         encoder = Encoder(pipeline, self.accelerator.device, memory=memory, rows=config.train.batch_size, cache=cache)
-        noise_scheduler = DDPMScheduler.from_config(pipeline.scheduler.config)
+        noise_scheduler = training_scheduler(config, pipeline)
         calibration = require_calibration(config, pipeline.unet, noise_scheduler, resolution)
         try:
             self.mem_filter = make_filter(config, calibration, noise_scheduler.config.num_train_timesteps)
@@ -131,7 +131,7 @@ class Trainer:
         )
 
         # where it stands
-        self.seen, self.skipped_steps, self.wandb_id = 0, 0, None
+        self.seen, self.skipped_steps, self._skipped_in_a_row, self.wandb_id = 0, 0, 0, None
         self.seconds, self.cpu_seconds = 0.0, 0.0  # the latter of this process, with all its threads
         self.window = [0.0, 0.0]  # loss and its weight since the last report, of all processes
         self._losses: list[tuple[torch.Tensor, torch.Tensor]] = []  # the same, of this process, not yet in the window
@@ -371,8 +371,12 @@ class Trainer:
             samples: of the stream that the step stands for.
         """
         done = self.engine.step(self.mem_filter, self.lr_at(self.seen - 1))
+        self._skipped_in_a_row = self._skipped_in_a_row + 1 if done is None else 0
         if done is None:
             self.skipped_steps += 1
+            if self._skipped_in_a_row == (allowed := self.config.filter.max_empty_steps):
+                raise NonFiniteNorm(f"gradients of {allowed} optimizer steps in a row were NaN or infinite, whatever they were "
+                                    "scaled by: use train.mixed_precision=bf16 or no, or look at the data")  # fmt: skip
         elif done and self.ema:
             self.ema.decay = self.ema.min_decay = ema_decay(self.config.train, samples)
             self.ema.step(self.engine.trained)
@@ -380,12 +384,20 @@ class Trainer:
     def _collect(self) -> None:
         """Brings together what the processes noted since the last time: losses in the window, rows in the files."""
         noted, self._losses = self._losses, []
+        finite = self.engine.finite.item()
         window = [torch.stack(values).cpu().double().sum().item() for values in zip(*noted, strict=True)] or [0.0, 0.0]
-        windows, rows, bad = zip(*gather_object([(window, self.audit.take(), self.bad_samples.take())]), strict=True)
+        found = gather_object([(window, finite, self.audit.take(), self.bad_samples.take())])
+        windows, finite, rows, bad = zip(*found, strict=True)
         self.window = [sum(values) for values in zip(self.window, *windows, strict=True)]
         if self.main:
             self.audit.write(rows)
         self.bad_samples.write([facts for found in bad for facts in found])
+        # a filter that makes passes finds it in the next step; without one nobody looks, and after the last step neither
+        if not (all(finite) and math.isfinite(self.window[0])):
+            left = self.checkpoints.newest() if self.main else None
+            raise NonFiniteNorm(f"{'the loss' if all(finite) else 'a gradient'} was NaN or infinite by sample {self.seen}: the "
+                                "weights are broken; lower train.learning_rate, or look at train.mixed_precision and the data"
+                                + (f"; {left[0]} is from before" if left else ""))  # fmt: skip
 
     def _report(self) -> dict[str, float]:
         self._collect()

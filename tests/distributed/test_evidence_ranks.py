@@ -344,7 +344,7 @@ def trained(few_scenes, tiny_base, tmp_path_factory):
         if processes == 1:
             train(parse(settings), progress=False)
         else:
-            launching.run(settings, processes, zero)
+            launching.run(settings, processes, launching.sharded(run.parent) if zero == "zero3" else zero)
         state = json.loads(max(run.glob("checkpoints/*/state.json")).read_text())
         assert state["processes"] == processes
         assert state["kind"] == (f"DeepSpeed ZeRO-{zero[4]}" if zero else "DDP or one process")

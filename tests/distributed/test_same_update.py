@@ -34,6 +34,7 @@ def trained(tmp_path_factory, scenes_dir, tiny_base):
             processes, batch_size, accumulation = SPLITS[split]
             run = tmp_path_factory.mktemp("runs") / "run"
             sgd = optimizer == "sgd"
+            checkpointing = zero == "zero3" and sgd  # it gathers weights once more, amid the backward
             launching.run(
                 [
                     f"--run_dir={run}",
@@ -45,10 +46,11 @@ def trained(tmp_path_factory, scenes_dir, tiny_base):
                     "--train.ema_half_life=0",
                     "--filter.reduction=kept_global",
                     f"--checkpoint.every={STEPS * STEP}",
+                    f"--train.gradient_checkpointing={checkpointing}",
                     *OPTIMIZERS[optimizer],
                 ],
                 processes,
-                zero,
+                launching.sharded(run.parent) if zero == "zero3" else zero,
                 script="tests/distributed/train_with_sgd.py" if sgd else "train_filtered.py",
                 PYTHONPATH=str(launching.ROOT),
             )

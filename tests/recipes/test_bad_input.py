@@ -17,6 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import tiny
+from diffusers import DPMSolverMultistepScheduler, EDMEulerScheduler
 
 from memfilter.data import scenes
 
@@ -197,6 +198,22 @@ def without(entry):
     return change
 
 
+def scheduler(kind, **settings):
+    def change(model):
+        kind(**settings).save_pretrained(model / "scheduler")
+        index(scheduler=["diffusers", kind.__name__])(model)
+
+    return change
+
+
+def vae(**settings):
+    def change(model):
+        file = model / "vae" / "config.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | settings))
+
+    return change
+
+
 def cut(model):
     weights = model / "unet" / "diffusion_pytorch_model.safetensors"
     weights.write_bytes(weights.read_bytes()[:1000])
@@ -217,6 +234,9 @@ def cut(model):
         (index(_class_name="StableDiffusionInpaintPipeline"), "is a StableDiffusionInpaintPipeline"),
         (lambda model: (model / "model_index.json").write_text("{"), "cannot be loaded"),
         (lambda model: (model / "model_index.json").unlink(), "has no model_index.json"),
+        (scheduler(EDMEulerScheduler), "has a EDMEulerScheduler that says that it was not trained as a diffusion in steps"),
+        (scheduler(DPMSolverMultistepScheduler, use_flow_sigmas=True), "was not trained as a diffusion in steps"),
+        (vae(latents_mean=[0.1] * 4, latents_std=[1.0] * 4), "has a VAE with latents_mean and latents_std: "),
     ],
     ids=[
         "vae",
@@ -231,6 +251,9 @@ def cut(model):
         "inpaint",
         "json",
         "no index",
+        "edm",
+        "flow",
+        "normalised latents",
     ],
 )
 def test_model_directory_that_cannot_be_trained_is_named_in_one_line(

@@ -15,6 +15,7 @@ from memfilter.data.encode import Encoder
 from memfilter.filter import EmptySteps, NonFiniteNorm
 from memfilter.pipelines import model_dir
 from memfilter.train import loop
+from memfilter.train.engine import Engine
 
 
 def run(tmp_path, scenes_dir, name="run", tau=2.5, **settings):
@@ -123,6 +124,59 @@ def test_not_a_number_in_a_latent_ends_the_run_naming_the_sample(tmp_path, scene
     with pytest.raises(NonFiniteNorm) as error:
         run(tmp_path, scenes_dir)
     assert broken.key in str(error.value)
+
+
+@pytest.mark.parametrize("broken", [1, 6])  # of 6 steps; after the last there is no loss that would tell
+def test_gradient_that_is_no_number_ends_a_run_without_null_passes(tmp_path, scenes_dir, monkeypatch, broken):
+    step = Engine.step
+
+    def poisoned(self, *args):
+        poisoned.count += 1
+        if poisoned.count == broken:
+            self.trained[0].grad[0] = torch.nan
+        return step(self, *args)
+
+    poisoned.count = 0
+    monkeypatch.setattr(Engine, "step", poisoned)
+    with pytest.raises(NonFiniteNorm, match=f"a gradient was NaN or infinite by sample {8 if broken == 1 else 24}: "):
+        run(tmp_path, scenes_dir, tau=None)
+    assert not (tmp_path / "run" / "summary.json").exists() and not (tmp_path / "run" / "pipeline").exists()
+
+
+@pytest.mark.parametrize(
+    ("precision", "message"),
+    [("no", "a gradient was NaN or infinite by sample 8: "), ("fp16", "the loss was NaN or infinite by sample 8: ")],
+)
+def test_latent_that_is_no_number_ends_a_run_without_null_passes(tmp_path, scenes_dir, monkeypatch, precision, message):
+    encode = Encoder.pictures
+
+    def broken(self, batch, *rest):
+        latents, time_ids = encode(self, batch, *rest)
+        latents[1] = torch.nan
+        return latents, time_ids
+
+    monkeypatch.setattr(Encoder, "pictures", broken)
+    with pytest.raises(NonFiniteNorm, match=message):
+        run(tmp_path, scenes_dir, tau=None, mixed_precision=precision)
+
+
+def test_steps_that_fp16_skips_for_ever_end_the_run(tmp_path, scenes_dir, monkeypatch):
+    step = Engine.step
+
+    def poisoned(self, *args):
+        self.trained[0].grad[0] = torch.inf
+        return step(self, *args)
+
+    monkeypatch.setattr(Engine, "step", poisoned)
+    with pytest.raises(NonFiniteNorm, match="gradients of 4 optimizer steps in a row were NaN or infinite"):
+        run(tmp_path, scenes_dir, tau=None, mixed_precision="fp16")
+
+
+def test_accumulation_is_that_of_the_settings_whatever_the_environment_says(tmp_path, scenes_dir, monkeypatch):
+    _, expected = run(tmp_path, scenes_dir, "alone")
+    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "3")
+    _, found = run(tmp_path, scenes_dir, "other")
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 
 def test_all_settings_out_of_range_are_named_at_once(scenes_dir):
