@@ -8,6 +8,7 @@ import re
 from argparse import ArgumentError
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
+from functools import lru_cache
 from pathlib import Path
 
 import yaml
@@ -24,15 +25,7 @@ def parse(argv: list[str], description: str = "", usage: str | None = None) -> C
     Raises:
         ConfigError: with every setting that is unknown, of the wrong type or out of range.
     """
-    from jsonargparse import ArgumentParser
-
-    parser = ArgumentParser(
-        description=description, usage=usage, default_env=False, exit_on_error=False, allow_abbrev=False, print_config=None
-    )
-    parser.add_argument("--config", action="config", help="YAML file with any of the settings below")
-    parser.add_argument("--print_config", action="store_true", help="print what would be run, as such a file, and exit")
-    parser.add_class_arguments(Config, as_group=False)
-
+    parser = _parser(description, usage)
     printing = any(word.startswith("--print_config") for word in argv)
     argv = [word for word in argv if not word.startswith("--print_config")]
 
@@ -61,6 +54,20 @@ def parse(argv: list[str], description: str = "", usage: str | None = None) -> C
         print(yaml.safe_dump(asdict(config), sort_keys=False), end="")
         raise SystemExit(0)
     return config
+
+
+@lru_cache
+def _parser(description: str, usage: str | None):
+    """Made once: a sweep reads hundreds of command lines, and reading one takes less time than making this."""
+    from jsonargparse import ArgumentParser
+
+    parser = ArgumentParser(
+        description=description, usage=usage, default_env=False, exit_on_error=False, allow_abbrev=False, print_config=None
+    )
+    parser.add_argument("--config", action="config", help="YAML file with any of the settings below")
+    parser.add_argument("--print_config", action="store_true", help="print what would be run, as such a file, and exit")
+    parser.add_class_arguments(Config, as_group=False)
+    return parser
 
 
 # jsonargparse raises an ArgumentError, and what it meets in broken files as it comes; ArgumentError is an Exception only

@@ -96,7 +96,8 @@ def run(
 # environment of the process that others are forked from, for what is read when a library is imported
 _PRELOADED = {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "TRANSFORMERS_VERBOSITY": "error", "DIFFUSERS_VERBOSITY": "error"}
 _forks = multiprocessing.get_context("forkserver")
-_forks.set_forkserver_preload(["memfilter.cli", "memfilter.train.loop", "transformers", "diffusers", "launching"])
+_forks.set_forkserver_preload(["memfilter.cli", "memfilter.arguments", "memfilter.train.loop", "memfilter.data.make_cache",
+                               "jsonargparse", "deepspeed", "launching"])  # fmt: skip
 
 
 def _fork(script: str | Path, settings, variables: dict[str, str], log: str):
