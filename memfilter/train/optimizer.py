@@ -8,6 +8,7 @@ from functools import partial
 import torch
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
+from torch import Tensor
 
 from memfilter.config import ConfigError, TrainConfig
 
@@ -68,7 +69,74 @@ def _rules_in_steps(rules: str | None, step_samples: int) -> str | None:
     return ",".join([*(f"{factor}:{-(-int(samples) // step_samples)}" for factor, samples in halves), last])
 
 
-def make_ema(parameters: list[torch.nn.Parameter], config: TrainConfig, step_samples: int) -> EMAModel | None:
+class MasterAverage:
+    """The average of the fp32 weights that DeepSpeed's ZeRO-1 and 2 step, as far as a run uses diffusers' EMAModel. The low-precision
+    weights that the device computes with stand still where a step is smaller than their rounding, and so would their average.
+
+    Every rank averages its own shard, with no word to others, and where that is. What gives or takes whole weights every rank calls.
+
+    Args:
+        parameters: of the model that DeepSpeed has prepared.
+    """
+
+    def __init__(self, parameters: list[torch.nn.Parameter], decay: float):
+        self.decay = self.min_decay = decay
+        self.optimization_step = 0
+        self._parameters = parameters
+        self._shards = [None if p._hp_mapping is None else _master(p).clone() for p in parameters]
+
+    @torch.no_grad()
+    def step(self, parameters: list[torch.nn.Parameter]) -> None:
+        self.optimization_step += 1
+        decay = self.decay if self.optimization_step > 1 else 0.0  # as EMAModel
+        for parameter, shard in zip(parameters, self._shards, strict=True):
+            if shard is not None:
+                shard.lerp_(_master(parameter), 1 - decay)
+
+    @property
+    def shadow_params(self) -> list[Tensor]:
+        """Each whole, in fp32 on the host."""
+        return [self._whole(*pair).cpu() for pair in zip(self._parameters, self._shards, strict=True)]
+
+    @shadow_params.setter
+    def shadow_params(self, whole: list[Tensor]) -> None:
+        for parameter, shard, values in zip(self._parameters, self._shards, whole, strict=True):
+            if shard is not None:
+                shard.copy_(_part(parameter, values.flatten()))
+
+    def store(self, parameters: list[torch.nn.Parameter]) -> None:
+        self._stored = [p.detach().cpu().clone() for p in parameters]
+
+    def copy_to(self, parameters: list[torch.nn.Parameter]) -> None:
+        for parameter, shard in zip(parameters, self._shards, strict=True):
+            parameter.data.copy_(self._whole(parameter, shard))
+
+    def restore(self, parameters: list[torch.nn.Parameter]) -> None:
+        for parameter, stored in zip(parameters, self._stored, strict=True):
+            parameter.data.copy_(stored)
+        self._stored = None
+
+    @staticmethod
+    def _whole(parameter: torch.nn.Parameter, shard: Tensor | None) -> Tensor:
+        whole = torch.zeros(parameter.numel(), dtype=torch.float32, device=parameter.device)
+        if shard is not None:
+            _part(parameter, whole).copy_(shard)
+        torch.distributed.all_reduce(whole, group=parameter._dp_group)
+        return whole.view_as(parameter)
+
+
+def _master(parameter: torch.nn.Parameter) -> Tensor:
+    """This rank's part of the fp32 weight, flat; a checkpoint that is loaded brings another."""
+    return parameter._hp_mapping.get_hp_fragment().detach()
+
+
+def _part(parameter: torch.nn.Parameter, flat: Tensor) -> Tensor:
+    """The same part of a whole weight."""
+    place = parameter._hp_mapping.lp_fragment_address
+    return flat.narrow(0, place.start, place.numel)
+
+
+def make_ema(parameters: list[torch.nn.Parameter], config: TrainConfig, step_samples: int) -> EMAModel | MasterAverage | None:
     """The average that is exported, in fp32, or None. Its decay is that of ``ema_half_life``, whatever a step's batch is.
 
     Args:
@@ -77,9 +145,11 @@ def make_ema(parameters: list[torch.nn.Parameter], config: TrainConfig, step_sam
     if not config.ema_half_life:
         return None
     decay = ema_decay(config, step_samples)
+    if hasattr(parameters[0], "_hp_mapping"):
+        return MasterAverage(parameters, decay)
     # diffusers raises the decay step by step unless the least is given too, which is no function of samples
     ema = EMAModel(parameters, decay=decay, min_decay=decay, use_ema_warmup=False)
-    ema.to(dtype=torch.float32)  # low-precision averages lose updates; DeepSpeed trains bf16 weights
+    ema.to(dtype=torch.float32)  # low-precision averages lose updates
     return ema
 
 
