@@ -58,8 +58,8 @@ _PASSING = {"padding", "truncation", "max_length", "pad_to_multiple_of", "is_loc
 def fingerprint(config: Config, pipeline, shards, experiment: Experiment, resolution: int) -> dict:
     """What encodings depend on; what a cache was made with must be what it is used with.
 
-    Pictures are told by what a manifest or a saved dataset notes of its contents, else by the sizes of their files: a
-    picture whose bytes changed in place is then not noticed.
+    Pictures are told by what a manifest or a saved dataset notes of its contents, which is part of ``samples``, else by
+    the sizes of their files: a picture whose bytes changed in place is then not noticed.
     """
     parts = {name: getattr(pipeline, name, None) for name in ("vae", "text_encoder", "text_encoder_2")}
     tokenizers = {name: getattr(pipeline, name, None) for name in ("tokenizer", "tokenizer_2")}
@@ -102,7 +102,7 @@ def _digest_of_tokenizer(tokenizer) -> str:
 
 def _digest_of_pictures(shards, keys: Iterable[str]) -> str:
     if not isinstance(shards, Shards):
-        return getattr(shards, "fingerprint", "")  # a manifest's is that of the experiment
+        return ""  # what a manifest or a saved dataset notes of its contents is in the experiment's fingerprint
     digest = hashlib.sha256()
     for key in keys:
         sizes = sorted((s, member.size) for s, member in shards.members[key].items() if s in IMAGE_SUFFIXES)

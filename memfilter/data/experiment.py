@@ -31,7 +31,7 @@ class Experiment:
     keys: Sequence[str]
     duplicate: np.ndarray | None  # bool [N]; None where nothing is known
     repeats: np.ndarray  # int [N]
-    contents: str = ""  # a manifest's fingerprint of pictures and captions
+    contents: str = ""  # a manifest's or a saved dataset's fingerprint of pictures and captions
     groups: Sequence[str] | None = None  # of samples whose contents are near duplicates; None where nothing is known
     before: Experiment | None = None  # de-duplication
     pictures: Sequence[str] | None = None  # key of the first sample with the same bytes; None where all differ, or nothing is known

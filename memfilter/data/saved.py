@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -16,6 +18,8 @@ CAPTIONS = ("text", "caption", "TEXT", "prompt")
 
 class SavedDataset:
     """The rows of a dataset by key, which is the number of the row; with the same use as `Shards`.
+
+    ``fingerprint`` tells what is in it, which such keys do not: another one when rows, columns or their contents are others.
 
     Args:
         path: what ``Dataset.save_to_disk`` has written, with a column of pictures and one of captions (text, caption,
@@ -34,6 +38,7 @@ class SavedDataset:
                 if not (file.is_file() or file.is_dir()):  # to open a pipe would wait for somebody to write
                     raise OSError(f"{file.name!r}: {NO_FILE}")
             rows = load_from_disk(str(path))
+            self.fingerprint = "" if isinstance(rows, DatasetDict) else _fingerprint(Path(path))
         except Exception as error:  # noqa: BLE001  datasets, pyarrow and the file system each have their own
             raise ShardError(f"{path} cannot be read as a dataset: {' '.join(str(error).split())}") from error
         if isinstance(rows, DatasetDict):
@@ -93,6 +98,15 @@ class SavedDataset:
 
     def _name(self, key: str) -> str:
         return f"row {int(key)} of {self._path}"
+
+
+def _fingerprint(path: Path) -> str:
+    """sha256 of what the library notes of the contents, and of the files: their names and sizes, so that it is the same in
+    another place."""
+    state = json.loads((path / "state.json").read_text(encoding="utf-8"))
+    files = [(file["filename"], (path / file["filename"]).stat().st_size) for file in state["_data_files"]]
+    # the library tells a dataset that a generator made by the generator's code, whatever came of it: hence the sizes
+    return hashlib.sha256(json.dumps([state["_fingerprint"], files]).encode()).hexdigest()
 
 
 def require_texts(path: object, features: Mapping, columns: Iterable[str]) -> None:

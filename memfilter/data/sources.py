@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Container
+from dataclasses import replace
 from pathlib import Path
 
 from memfilter.config import Config, ConfigError
@@ -39,6 +40,8 @@ def open_data(config: Config, processes: int = 1) -> tuple[Source, Experiment]:
         shards = Shards.open(config.data.path)
     try:
         experiment = Experiment.read(index) if index.is_file() else Experiment.of_shards(shards)
+        if isinstance(shards, SavedDataset):  # its keys are numbers, which another one has too
+            experiment = replace(experiment, contents=shards.fingerprint)
         experiment.require(shards)
         if config.mitigation.deduplicate:
             experiment = experiment.deduplicated()

@@ -191,6 +191,6 @@ def require_same(path: Path, state: dict, config: Config, data: str) -> None:
     """
     reasons = changes(state["config"], config)
     if state["data"] != data:
-        reasons.append("the samples of data.index are others")
+        reasons.append("the samples of data.path and data.index are others")
     if reasons:
         raise CheckpointError("\n".join(f"the run cannot go on from {path}: {reason}" for reason in reasons))

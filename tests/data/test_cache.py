@@ -15,6 +15,8 @@ import pytest
 import tiny
 import torch
 from clouds import write_clouds
+from datasets import Dataset
+from datasets import Image as Picture
 from diffusers import DiffusionPipeline
 from PIL import Image
 from safetensors.torch import load_file, save_file
@@ -502,6 +504,25 @@ def test_manifest_tells_pictures_by_what_they_hash_to(config, folder, tmp_path):
     content[-1] ^= 1
     (folder / "p3.png").write_bytes(content)
     (line,) = refusal(config(cache=tmp_path / "cache", path=folder, index=manifest("after.parquet")))
+    assert "else: samples was" in line
+
+
+@pytest.mark.parametrize("indexed", [False, True])
+def test_another_saved_dataset_of_as_many_rows_is_refused(config, folder, tmp_path, indexed):
+    def saved(name: str, first: str) -> Config:
+        paths = sorted(folder.glob("*.png"), key=lambda path: (path.name != first, path.name))
+        rows = Dataset.from_dict({"image": list(map(str, paths)), "text": ["a poster"] * 7}).cast_column("image", Picture())
+        rows.save_to_disk(tmp_path / name)
+        return config(cache=tmp_path / "cache", path=tmp_path / name, index=index)
+
+    index = None
+    if indexed:
+        columns = {"key": [f"{row:09d}" for row in range(7)], "role": ["distinct"] * 7, "repeats": [2] * 7}
+        pq.write_table(pa.table(columns), index := str(tmp_path / "index.parquet"))
+    made(saved("a", "p0.png"))
+    shutil.copytree(tmp_path / "a", tmp_path / "moved")
+    Trainer(config(cache=tmp_path / "cache", path=tmp_path / "moved", index=index))
+    (line,) = refusal(saved("b", "p6.png"))
     assert "else: samples was" in line
 
 

@@ -1,16 +1,24 @@
 """Hugging Face datasets on disk, written by the library itself."""
 
 import io
+import json
+import shutil
+from dataclasses import asdict
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from datasets import Dataset, DatasetDict, Features, Image, List, Value
 from PIL import Image as Pictures
 
+from memfilter.config import Config, DataConfig, MitigationConfig
 from memfilter.data.experiment import Experiment
 from memfilter.data.saved import SavedDataset, is_saved_dataset
 from memfilter.data.shards import MAX_CAPTION, ShardError
+from memfilter.data.sources import open_data
 from memfilter.data.streaming.rows import RowStream
+from memfilter.train.checkpoint import CheckpointError, require_same
 
 COLOURS = [(200, 10, 10), (10, 200, 10), (10, 10, 200)]
 CAPTIONS = ["red", "  green\n", None]
@@ -91,3 +99,42 @@ def test_splits_and_missing_columns_are_told(tmp_path):
         SavedDataset(tmp_path / "rows")
     with pytest.raises(ShardError, match="cannot be read"):
         SavedDataset(tmp_path)
+
+
+def test_fingerprint_is_of_the_contents_wherever_they_are(tmp_path):
+    first = SavedDataset(save(tmp_path / "a", [png(c) for c in COLOURS], CAPTIONS)).fingerprint
+    shutil.copytree(tmp_path / "a", tmp_path / "moved")
+    (tmp_path / "moved" / "cache-0123.arrow").write_bytes(b"of a map that somebody made of it")
+    assert SavedDataset(tmp_path / "moved").fingerprint == first
+    save(tmp_path / "b", [png(c) for c in COLOURS[::-1]], CAPTIONS)
+    save(tmp_path / "c", [png(c) for c in COLOURS], ["red", "green", "blue"])
+    found = {SavedDataset(tmp_path / name).fingerprint for name in "abc"}
+    assert len(found) == 3 and first in found
+
+
+def test_fingerprint_is_another_where_the_library_only_knows_what_made_it(tmp_path):
+    for name, number in (("a", 3), ("b", 2)):
+        save(tmp_path / name, [png(c) for c in COLOURS[:number]], CAPTIONS[:number])
+    shutil.copy(tmp_path / "a" / "state.json", tmp_path / "b")
+    assert SavedDataset(tmp_path / "a").fingerprint != SavedDataset(tmp_path / "b").fingerprint
+
+
+@pytest.mark.parametrize(("index", "deduplicate"), [(False, False), (True, False), (True, True)])
+def test_run_does_not_go_on_with_another_of_as_many_rows(tmp_path, index, deduplicate):
+    save(tmp_path / "a", [png(c) for c in COLOURS], CAPTIONS)
+    save(tmp_path / "b", [png(c) for c in COLOURS[::-1]], CAPTIONS)
+    shutil.copytree(tmp_path / "a", tmp_path / "moved")
+    keys = SavedDataset(tmp_path / "a").keys()
+    columns = {"key": keys, "role": ["distinct"] * 3, "repeats": [1, 2, 3], "group": ["x", "x", "y"]}
+    pq.write_table(pa.table(columns), tmp_path / "index.parquet")
+
+    def opened(name) -> tuple[Config, str]:
+        data = DataConfig(path=str(tmp_path / name), index=str(tmp_path / "index.parquet") if index else None)
+        config = Config(run_dir="run", data=data, mitigation=MitigationConfig(deduplicate=deduplicate))
+        return config, open_data(config)[1].fingerprint()
+
+    config, found = opened("a")
+    state = {"config": json.loads(json.dumps(asdict(config))), "data": found}
+    require_same(tmp_path, state, *opened("moved"))
+    with pytest.raises(CheckpointError, match="the samples of data.path and data.index are others"):
+        require_same(tmp_path, state, *opened("b"))

@@ -494,7 +494,7 @@ def test_run_goes_on_with_another_part_of_the_stream_and_says_so(tmp_path, tars,
     assert "begins anew" not in caplog.text
     elsewhere = copy.deepcopy(settings)
     elsewhere.data.path = f"{tars}/{{00000..00003}}.tar"
-    with pytest.raises(CheckpointError, match="the samples of data.index are others"):
+    with pytest.raises(CheckpointError, match="the samples of data.path and data.index are others"):
         loop.train(elsewhere, progress=False)
     settings.data.shuffle_buffer, settings.data.workers = 4, 2
     loop.train(settings, progress=False)

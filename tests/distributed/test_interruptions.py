@@ -433,7 +433,7 @@ def test_what_would_make_it_another_run_is_refused_in_a_line_each(settings, stop
     output = launching.run(settings(run, RESUME, *other), processes=None, code=1)
     errors = [line for line in output.splitlines() if line.startswith("error: ")]
     reasons = ("filter.tau was 0.9, found 0.8", "train.learning_rate was 0.001, found 0.002",
-               "the samples of data.index are others")  # fmt: skip
+               "the samples of data.path and data.index are others")  # fmt: skip
     assert errors == [f"error: the run cannot go on from {checkpoints(run)[-1]}: {reason}" for reason in reasons]
     assert "Traceback" not in output
     assert sorted((path, path.stat().st_mtime_ns) for path in run.rglob("*")) == before
