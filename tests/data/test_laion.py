@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 from pathlib import Path
+from types import MappingProxyType
 
 import numpy as np
 import pyarrow as pa
@@ -307,7 +308,8 @@ def test_nothing_is_written_over(metadata, tmp_path):
 
 @pytest.fixture
 def fetch(tmp_path):
-    """Factory: fetch(address, **limits) opens it as img2dataset does, in an interpreter with the guard: what came of it."""
+    """Factory: fetch(address, proxies, **limits) opens it as img2dataset does, in an interpreter with the guard: what came
+    of it. ``proxies`` are variables of its environment."""
     (tmp_path / "sitecustomize.py").write_text(Path(guard.__file__).read_text())
     code = (
         "import sys, urllib.request\n"
@@ -315,11 +317,11 @@ def fetch(tmp_path):
         "except Exception as error: print(type(error).__name__, error)"
     )
 
-    def fetch(address, **limits):
+    def fetch(address, proxies=MappingProxyType({}), **limits):
         limits = {"MEMFILTER_PRIVATE_ADDRESSES": "1", **{f"MEMFILTER_{name}": value for name, value in limits.items()}}
         environment = {name: value for name, value in os.environ.items() if "proxy" not in name.lower()}
         command = [sys.executable, "-c", code, address]
-        environment |= limits | {"PYTHONPATH": str(tmp_path)}
+        environment |= limits | proxies | {"PYTHONPATH": str(tmp_path)}
         return subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout.strip()
 
     return fetch
@@ -331,7 +333,7 @@ def server():
 
     class Handler(http.server.BaseHTTPRequestHandler):
         def do_GET(self):
-            size, said = self.path[1:].split("/")
+            size, said = self.path.split("/")[-2:]  # of a proxy the whole address is asked
             self.send_response(200)
             if said == "said":
                 self.send_header("Content-Length", size)
@@ -365,6 +367,22 @@ def test_guard_speaks_to_public_addresses_by_http_alone(fetch, server, tmp_path)
     (tmp_path / "secret").write_text("secret")
     for address in ((tmp_path / "secret").as_uri(), "data:,secret", "ftp://127.0.0.1/x"):
         assert "unknown url type" in fetch(address)
+
+
+def test_guard_trusts_a_proxy_with_what_goes_through_it_and_nothing_else(fetch, server):
+    port = server.rpartition(":")[2]
+    for proxy in (server, f"127.0.0.1:{port}", f"http://LOCALHOST:{port}", f"http://user:word@127.0.0.1:{port}/"):
+        assert fetch("http://pictures.test/10/said", {"http_proxy": proxy}, PRIVATE_ADDRESSES="0") == "10"
+    https, proxy = f"https://127.0.0.1:{port}/10/said", f"http://localhost:{port}"
+    for address, around in (
+        (f"{server}/10/said", {"no_proxy": "intranet.test"}),
+        (f"{server}/10/said", {"all_proxy": proxy, "ftp_proxy": proxy}),
+        (f"{server}/10/said", {"http_proxy": proxy, "no_proxy": "127.0.0.1"}),
+        (f"{server}/10/said", {"https_proxy": proxy}),
+        (f"{server}/10/said", {"https_proxy": "http://127.0.0.1:1"}),  # another port of the proxy's host
+        (https, {"http_proxy": proxy}),
+    ):
+        assert "address is not public" in fetch(address, around, PRIVATE_ADDRESSES="0"), (address, around)
 
 
 # around img2dataset

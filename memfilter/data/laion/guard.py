@@ -12,12 +12,12 @@ import io
 import ipaddress
 import os
 import time
+import urllib.parse
 import urllib.request
 
 SECONDS = float(os.environ.get("MEMFILTER_MAX_SECONDS", "60"))
 MEGABYTES = float(os.environ.get("MEMFILTER_MAX_MEGABYTES", "64"))
-# behind a proxy the peer is the proxy, which has rules of its own
-PUBLIC_ONLY = os.environ.get("MEMFILTER_PRIVATE_ADDRESSES") != "1" and not urllib.request.getproxies()
+PUBLIC_ONLY = os.environ.get("MEMFILTER_PRIVATE_ADDRESSES") != "1"
 TOO_LARGE = f"larger than {MEGABYTES:g} MB"
 
 
@@ -56,8 +56,19 @@ class LimitedResponse(http.client.HTTPResponse):
 connect = http.client.HTTPConnection.connect
 
 
+def proxies():
+    """(host, port) of the proxies for http and https; not every address need go through one."""
+    found, known = set(), urllib.request.getproxies()
+    for address in filter(None, map(known.get, ("http", "https"))):
+        proxy = urllib.parse.urlsplit(address if "//" in address else f"//{address}")
+        found |= {(proxy.hostname, proxy.port or default) for default in (80, 443)}
+    return found
+
+
 def connect_to_public(connection):
     connect(connection)
+    if (connection.host.lower(), connection.port) in proxies():
+        return  # which has rules of its own
     address = ipaddress.ip_address(connection.sock.getpeername()[0].partition("%")[0])
     address = getattr(address, "ipv4_mapped", None) or address
     if not address.is_global:
