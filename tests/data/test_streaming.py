@@ -3,9 +3,12 @@
 import copy
 import io
 import json
+import os
 import shutil
 import tarfile
 import threading
+import tracemalloc
+import zipfile
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 
@@ -42,6 +45,7 @@ from memfilter.data.sampler import (
 )
 from memfilter.data.shards import MAX_CAPTION, ShardError, Shards
 from memfilter.data.streaming import StreamingDataset
+from memfilter.data.streaming import rows as rows_module
 from memfilter.data.streaming import tars as streams
 from memfilter.data.streaming.rows import RowStream
 from memfilter.data.streaming.tars import TarStream
@@ -377,6 +381,76 @@ def test_rows_that_cannot_be_read_are_named_and_files_elsewhere_not_opened(strea
     # rows of that file alone have nothing beside them
     sources["file"] = RowStream, str(out / "*.parquet")
     assert sum(bad is None for bad in flat(stream("file", samples=8, size=1), "bad")) == 1
+
+
+def read_rows(stream, sources, out, pictures: list[dict]) -> dict[str, str | None]:
+    """key -> why it could not be read, of rows in a file in ``out``."""
+    table = pa.Table.from_pylist([{"image": p} for p in pictures], schema=Features({"image": Image()}).arrow_schema)
+    pq.write_table(table, out / "0.parquet")
+    sources["rows"] = RowStream, str(out)
+    ranks = stream("rows", samples=len(pictures), size=1)
+    return dict(zip(flat(ranks, "key"), flat(ranks, "bad"), strict=True))
+
+
+def test_chains_of_addresses_lead_into_zip_files_of_the_source_and_nowhere_else(stream, sources, tmp_path):
+    (out := tmp_path / "rows").mkdir()
+    (outside := tmp_path / "outside.png").write_bytes(png(0))
+    for place in (out / "inside.bin", tmp_path / "outside.zip"):
+        with zipfile.ZipFile(place, "w") as archive:
+            archive.writestr("a/b.png", png(1))
+    wrong = [
+        *(f"{first}::{last}" for last in (f"{out}/inside.bin", f"hf://datasets/{out}@x/y", f"hf://datasets/{out}/y")
+          for first in (f"file://{outside}", f"local://{outside}", outside, f"filecache://{outside}",
+                        f"zip://b.png::file://{outside}", f"zip://file://{outside}")),
+        f"zip://a/b.png::{tmp_path}/outside.zip", f"hf://datasets/{out}/../x/y.png",
+    ]  # fmt: skip
+    found = read_rows(stream, sources, out, [{"bytes": None, "path": path} for path in wrong])
+    assert found.keys() == set(wrong) and all("only one from elsewhere" in (bad or "") for bad in found.values()), found
+    named = f"zip://a/b.png::{out}/inside.bin"
+    assert read_rows(stream, sources, out, [{"bytes": None, "path": named}]) == {"zip://a/b.png::inside.bin": None}
+
+
+def test_files_that_rows_name_are_files_of_the_source_whatever_links_stand_before(stream, sources, tmp_path):
+    out, elsewhere = tmp_path / "rows", tmp_path / "elsewhere"
+    (elsewhere / "sub").mkdir(parents=True)
+    (out / "deep").mkdir(parents=True)
+    for name in ("private.png", "sub/a.png"):
+        (elsewhere / name).write_bytes(png(0))
+    (out / "link").symlink_to(elsewhere / "sub")
+    (out / "null.png").symlink_to("/dev/null")
+    for name in ("pipe.png", "pipe.bin"):
+        os.mkfifo(out / name)
+        # whoever waits for the pipe gets a picture
+        threading.Thread(target=(out / name).write_bytes, args=(png(1),), daemon=True).start()
+    names = ["link/a.png", "link/../private.png", "null.png", "pipe.png", "deep/../link/a.png", "deep"]
+    addresses = [*(f"{out}/{name}" for name in names), f"zip://a.png::{out}/pipe.bin"]
+    found = read_rows(stream, sources, out, [{"bytes": None, "path": address} for address in addresses])
+    assert found.pop("link/a.png") is None
+    assert "No such file" in found.pop("private.png")
+    assert found.keys() == {"null.png", "pipe.png", "deep", "zip://a.png::pipe.bin"}
+    assert all("it is no file but a link, a pipe or a device" in bad for bad in found.values())
+
+
+def test_no_more_of_a_picture_is_read_than_its_file_may_have(stream, sources, tmp_path, monkeypatch):
+    monkeypatch.setattr(rows_module, "MAX_BYTES", 100_000)
+    (out := tmp_path / "rows").mkdir()
+    with zipfile.ZipFile(out / "bomb.bin", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("a.png", png(0) + bytes(50_000_000))
+        archive.writestr("b.png", png(1))
+    (out / "large.png").write_bytes(png(2))
+    os.truncate(out / "large.png", 2**32)  # a hole, which takes no room
+    places = [f"{out}/large.png", f"zip://a.png::{out}/bomb.bin", f"zip://b.png::{out}/bomb.bin"]
+    pictures = [{"bytes": None, "path": place} for place in places]
+    found = read_rows(stream, sources, out, [*pictures, {"bytes": png(3) + bytes(100_000), "path": None}])
+    assert found.pop("zip://b.png::bomb.bin") is None
+    assert len(found) == 3 and all("has more than 100,000 bytes" in bad for bad in found.values())
+    tracemalloc.start()
+    try:
+        assert len(rows_module._fetch(f"zip://a.png::{out}/bomb.bin")) == 100_001
+        assert len(rows_module._fetch(f"{out}/large.png")) == 100_001
+        assert tracemalloc.get_traced_memory()[1] < 5e6
+    finally:
+        tracemalloc.stop()
 
 
 def test_broken_parquet_file_is_named_and_the_others_come_all_the_same(stream, sources, tmp_path):

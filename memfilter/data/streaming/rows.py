@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
+import stat
 from collections.abc import Iterator
 from hashlib import blake2b
 from inspect import signature
 from pathlib import Path
 
 from memfilter.data.saved import CAPTIONS, is_saved_dataset, require_texts
-from memfilter.data.shards import ShardError, as_key
+from memfilter.data.shards import MAX_BYTES, NO_FILE, ShardError, as_key, read_bytes
 from memfilter.data.streaming.tars import Found, Stream, caption_in, require_parts
 
 PARTS = 16  # into which a saved dataset is split for each reader, so that their order can be shuffled
@@ -68,27 +69,39 @@ class RowStream(Stream):
     def _found_in(self, row: dict) -> Found:
         picture, caption = row[self._picture] or {}, caption_in(row, (*CAPTIONS, "txt"))
         data, place = picture.get("bytes"), str(picture.get("path") or "")
+        inside, address = self._inside(place)
         try:
-            inside = self._inside(place)
             if not data:
-                data = _fetch(place) if inside else b""
+                data = _fetch(address) if inside else b""
         except Exception as error:  # noqa: BLE001  the file system's
             return Found(inside, bad=f"{place} cannot be read ({error})")
         key = str(row.get("__key__") or inside or blake2b(data, digest_size=8).hexdigest())
         if not data:
             return Found(place, bad=f"a row of {self._path} has no picture, or only one from elsewhere: {place!r}")
+        if len(data) > MAX_BYTES:
+            return Found(as_key(key), bad=f"the picture {key!r} of {self._path} has more than {MAX_BYTES:,} bytes")
         return Found(as_key(key), self._path, data, caption)
 
-    def _inside(self, place: str) -> str:
-        """Where a file stands in the source; empty where it does not: a row may name any file there is."""
-        inner, chained, archive = place.rpartition("::")
+    def _inside(self, place: str) -> tuple[str, str]:
+        """Where a file stands in the source, and the address to open; both empty where it does not stand there: a row may
+        name any file there is.
+
+        Of fsspec's chains, each of which opens what stands first in it, those count that name a member of a zip file, as
+        datasets does.
+        """
+        member, chained, archive = place.rpartition("::")
+        kind, _, name = member.partition("://")
+        nowhere = "", ""
+        if chained and (kind != "zip" or "::" in name or "://" in name):
+            return nowhere
         hub = f"hf://datasets/{self._path}"
-        if archive.startswith((f"{hub}@", f"{hub}/")):
-            return place
-        root = os.path.abspath(self._path)
-        if os.path.isabs(archive) and os.path.commonpath([root, os.path.abspath(archive)]) == root:
-            return inner + chained + os.path.relpath(archive, root)
-        return ""
+        if archive.startswith((f"{hub}@", f"{hub}/")) and ".." not in archive.split("/"):
+            return place, place
+        # what is opened is what was looked at: behind a link, ".." leads elsewhere
+        root, path = os.path.abspath(self._path), os.path.abspath(archive)
+        if os.path.isabs(archive) and os.path.commonpath([root, path]) == root:
+            return member + chained + os.path.relpath(path, root), member + chained + path
+        return nowhere
 
 
 def _rows_of(path: str, readers: int):
@@ -120,10 +133,20 @@ def _require_rows(rows, path: str) -> None:
     raise ShardError(f"{path} has no rows{reasons[0] if reasons else ''}")
 
 
-def _fetch(place: str) -> bytes:
+def _fetch(address: str) -> bytes:
+    """What stands there, `MAX_BYTES` + 1 at most.
+
+    Raises:
+        OSError: it cannot be read, or is no file: to open a pipe would wait for somebody to write.
+    """
     import fsspec
 
-    if os.path.isabs(place):
-        return Path(place).read_bytes()
-    with fsspec.open(place, "rb") as file:
-        return file.read()
+    _, chained, file = address.rpartition("::")
+    if os.path.isabs(file):
+        facts = os.stat(file)
+        if not stat.S_ISREG(facts.st_mode):
+            raise OSError(NO_FILE)
+        if not chained:
+            return read_bytes(Path(file), 0, min(facts.st_size, MAX_BYTES + 1))
+    with fsspec.open(address, "rb") as opened:
+        return opened.read(MAX_BYTES + 1)  # a member of a zip file may be of any size
