@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import os
 import tarfile
 import warnings
@@ -27,6 +28,8 @@ TURNS = {  # EXIF's orientation -> what makes the picture upright
     2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
     5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE, 8: Image.Transpose.ROTATE_90,
 }  # fmt: skip
+_COMPRESSED = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd")  # how gzip, bzip2, xz and zstd begin
+_CHUNK = 2**20  # bytes
 _WITHOUT_BYTES = (tarfile.LNKTYPE, tarfile.SYMTYPE, tarfile.CHRTYPE, tarfile.BLKTYPE, tarfile.FIFOTYPE, tarfile.DIRTYPE)
 _PAX = (tarfile.XHDTYPE, tarfile.SOLARIS_XHDTYPE)
 _EXTENDED = (tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK, tarfile.XGLTYPE, *_PAX)
@@ -219,49 +222,90 @@ def _rgb(picture: Image.Image) -> Image.Image:
 
 
 def _scan(path: Path) -> Iterator[tuple[str, str, Member]]:
-    """(key, suffix, where) of every file in a shard; by webdataset's convention the key ends at the first dot.
-
-    The headers are gone through here, since Python's tarfile reads them whatever their size, keeps them all, and with
-    some never ends (CVE-2024-6232, CVE-2025-8194).
-    """
+    """(key, suffix, where) of every file in a shard; by webdataset's convention the key ends at the first dot."""
     try:
         if not path.is_file():  # to open a pipe would wait for somebody to write
             raise OSError("it is not there, or no file")
         with path.open("rb") as file:
-            total, said = os.fstat(file.fileno()).st_size, {}
-            while (block := file.read(tarfile.BLOCKSIZE)) != bytes(tarfile.BLOCKSIZE):
-                header, offset = tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape"), file.tell()
-                extended, size = header.type in _EXTENDED, header.size
-                if header.type in _WITHOUT_BYTES:
-                    size = 0
-                elif not extended:
-                    size = int(said.get("size", size))
-                if not 0 <= size <= total - offset:
-                    raise tarfile.ReadError("unexpected end of file")
-                if extended:
-                    if size > MAX_HEADER:
-                        raise tarfile.ReadError(f"a header of {size:,} bytes")
-                    said |= _said(header.type, file.read(size))
-                else:
-                    if header.type == tarfile.GNUTYPE_SPARSE or any(name.startswith("GNU.sparse.") for name in said):
-                        raise tarfile.ReadError("a sparse member")
-                    if header.type != tarfile.DIRTYPE:
-                        key, _, suffix = Path(said.get("path", header.name)).name.partition(".")
-                        problem = "" if header.isfile() else NO_FILE
-                        yield as_key(key), suffix.lower(), Member(path, offset, size, problem)
-                    said = {}
-                file.seek(-(-(offset + size) // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE)
-            require_end(file)
+            for name, size, is_file in (tar := Tar(file)):
+                key, _, suffix = Path(name).name.partition(".")
+                yield as_key(key), suffix.lower(), Member(path, tar.offset, size, "" if is_file else NO_FILE)
     except (OSError, ValueError, tarfile.TarError) as error:
         raise ShardError(f"shard {printable(path)} cannot be read ({error}): fetch or write it again") from error
 
 
-def require_end(file: IO[bytes]) -> None:
-    """Raises tarfile.ReadError where something follows the end of an archive: a broken header looks like one, and so does the
-    end of the first of two that were joined."""
-    while chunk := file.read(2**20):
-        if chunk.strip(b"\0"):
-            raise tarfile.ReadError("a broken header, or several archives in one file")
+class Tar:
+    """A tar archive from the front: (name, bytes, whether it is a file) of every member but directories. What it holds stands
+    at ``offset`` then, and may be read, in part or whole.
+
+    The headers are gone through here, since Python's tarfile reads them whatever their size, keeps them all, and with
+    some never ends (CVE-2024-6232, CVE-2025-8194). It would also fill up sparse members and unpack what is compressed: some
+    bytes of a shard then become gigabytes.
+
+    Args:
+        file: at its beginning; it need not be seekable.
+
+    Raises:
+        tarfile.TarError, ValueError: in going through it: it is broken, ends too early, is compressed, or has sparse members.
+    """
+
+    def __init__(self, file: IO[bytes]):
+        self._file, self.offset = file, 0
+        self._total = os.fstat(file.fileno()).st_size if file.seekable() else math.inf
+
+    def __iter__(self) -> Iterator[tuple[str, int, bool]]:
+        said: dict[str, str] = {}
+        while (block := self.read(tarfile.BLOCKSIZE)) != bytes(tarfile.BLOCKSIZE):
+            try:
+                header = tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
+            except tarfile.HeaderError:
+                if self.offset == len(block) and block.startswith(_COMPRESSED):
+                    raise tarfile.ReadError("it is compressed") from None
+                raise
+            extended, size = header.type in _EXTENDED, header.size
+            if header.type in _WITHOUT_BYTES:
+                size = 0
+            elif not extended:
+                size = int(said.get("size", size))
+            if not 0 <= size <= self._total - self.offset:
+                raise tarfile.ReadError("unexpected end of file")
+            end = self.offset + -(-size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
+            if extended:
+                if size > MAX_HEADER:
+                    raise tarfile.ReadError(f"a header of {size:,} bytes")
+                found = _said(header.type, self.read(size))
+                if any(name.startswith("GNU.sparse.") for name in found):
+                    raise tarfile.ReadError("a sparse member")
+                said |= {name: found[name] for name in ("path", "size") if name in found}
+            else:
+                if header.type == tarfile.GNUTYPE_SPARSE:
+                    raise tarfile.ReadError("a sparse member")
+                if header.type != tarfile.DIRTYPE:
+                    yield said.get("path", header.name), size, header.isfile()
+                said = {}
+            self._go(end)
+        # a broken header looks like the end, and so does the end of the first of two archives that were joined
+        while chunk := self._file.read(_CHUNK):
+            if chunk.strip(b"\0"):
+                raise tarfile.ReadError("a broken header, or several archives in one file")
+
+    def read(self, size: int) -> bytes:
+        """So many bytes.
+
+        Raises:
+            tarfile.ReadError: there are fewer.
+        """
+        data = self._file.read(size)
+        self.offset += len(data)
+        if len(data) < size:
+            raise tarfile.ReadError("unexpected end of file")
+        return data
+
+    def _go(self, offset: int) -> None:
+        if self._file.seekable():
+            self.offset = self._file.seek(offset)
+        while self.offset < offset:
+            self.read(min(offset - self.offset, _CHUNK))
 
 
 def _said(kind: bytes, content: bytes) -> dict[str, str]:

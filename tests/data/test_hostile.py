@@ -2,11 +2,14 @@
 what is good comes out as it is, what is not is named with its reason, nothing appears outside of the output folder, and
 no command takes more memory or time than is said here."""
 
+import gzip
 import hashlib
 import html
 import inspect
+import io
 import json
 import os
+import random
 import re
 import signal
 import struct
@@ -37,6 +40,7 @@ from memfilter.data.manifest import MANIFEST, SCHEMA, read_manifest
 from memfilter.data.sampler import SampleDataset, SampleStream, View, to_pixels
 from memfilter.data.saved import SavedDataset
 from memfilter.data.shards import MAX_CAPTION, ShardError, Shards
+from memfilter.data.streaming.tars import TarStream
 from memfilter.train.loop import train
 
 SECONDS = 30  # but for those in which others have the cores, for a command, of which each takes some 5
@@ -204,6 +208,7 @@ def write_broken(out: Path) -> dict[str, str]:
         "number": ((records(b"99999999999999999999 path=x\n"),), "makes no sense"),
         "sparse": ((member("b.png", b"x" * 512, kind=tarfile.GNUTYPE_SPARSE),), "sparse"),
         "map": ((member("b.png", b"x" * 512, **{"GNU.sparse.map": "0,512", "GNU.sparse.size": f"{2**40}"}),), "sparse"),
+        "gzip": ((gzip.compress(random.randbytes(2000) + whole),), "it is compressed"),
         "twice": ((whole, whole), "'a' stands twice"),
         "case": ((whole, member("a.PNG", encoded(2))), "'a' stands twice"),
         "\x1b[31m\nerror: lie\udcff": ((b"no tar file" * 100,), "bad checksum|header"),
@@ -216,7 +221,7 @@ def write_broken(out: Path) -> dict[str, str]:
     (out / "dangling.tar").symlink_to("nowhere")
     (out / "zero.tar").symlink_to("/dev/zero")
     (out / "folder.tar").mkdir()
-    more = {"cut": "end of file|header", "empty": "header", **dict.fromkeys(("pipe", "dangling", "zero"), "nothing to")}
+    more = {"cut": "end of file|header", "empty": "unexpected end", **dict.fromkeys(("pipe", "dangling", "zero"), "nothing to")}
     return {name: reason for name, (_, reason) in parts.items()} | more
 
 
@@ -367,6 +372,61 @@ def test_broken_shards_are_refused_by_name_and_reason(world, out):
     with pytest.raises(ShardError, match="pipe.tar cannot be read .it is not there, or no file"):
         Shards.open(out)
     assert own_time() - start < 5
+
+
+def test_streams_of_broken_shards_are_refused_by_the_same_reasons(world):
+    root, _, broken = world
+    start = own_time()
+    for name, reason in broken.items():
+        path = root / "data" / "broken" / f"{name}.tar"
+        if path.is_file() and "twice" not in reason:  # of what stands twice in a stream the first counts
+            with pytest.raises(ShardError, match=reason) as caught:
+                TarStream(str(path), 1)
+            assert printable(str(caught.value)), name
+    assert own_time() - start < 5
+
+
+def sparse_shards(out: Path) -> list[Path]:
+    """As GNU tar writes them, in every form that it knows: some kB that say they are a picture of 2 GB."""
+    write_hole(out / "b.png")
+    (out / "a.png").write_bytes(encoded(1))
+    forms = {"gnu": ["--format=gnu"]} | {
+        version: ["--format=posix", f"--sparse-version={version}"] for version in ("0.0", "0.1", "1.0")
+    }
+    for name, form in forms.items():
+        command = ["tar", "--create", "--sparse", f"--file={name}.tar", *form, "a.png", "b.png"]
+        subprocess.run(command, cwd=out, check=True)
+    tars = [out / f"{name}.tar" for name in forms]
+    assert all(path.stat().st_size < 50_000 for path in tars)
+    return tars
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").is_file(), reason="reads the peak of memory in /proc")
+def test_streams_take_no_more_memory_than_limits_allow(world, out):
+    if "GNU tar" not in subprocess.run(["tar", "--version"], capture_output=True, text=True).stdout:
+        pytest.skip("needs GNU tar for sparse shards")
+    compressed = out / "gzip.tar"
+    with tarfile.open(compressed, "w:gz") as tar:
+        info = tarfile.TarInfo("a.png")
+        info.size = len(content := encoded(2) + bytes(2**29))
+        tar.addfile(info, io.BytesIO(content))
+    del content
+    shards = [*map(str, sparse_shards(out)), str(compressed)]
+    found, _, _ = measured(
+        "from memfilter.data.shards import ShardError\nfrom memfilter.data.streaming.tars import TarStream",
+        f"found = {{}}\nfor path in {shards!r}:\n"
+        "    try: TarStream(path, 1)\n    except ShardError as error: found[path] = str(error)\n"
+        "stream = TarStream('../data/tars/3huge.tar', 1)\n"
+        "found['huge'] = [(f.key, len(f.picture), f.caption, f.bad) for f in stream.read(0, 0, 0, 1)]",
+    )
+    huge = {key: facts for key, *facts in found.pop("huge")}
+    assert found.keys() == set(shards)
+    for path, reason in found.items():
+        assert f"shard {path} cannot be read (" in reason
+        assert ("it is compressed" if path == str(compressed) else "a sparse member") in reason
+    assert "'huge.png': 2,147,483,648 bytes are more than 192,000,000" in huge["huge"][-1]
+    assert huge["large"] == [len(encoded(34)), "\0" * MAX_CAPTION, None]
+    assert huge["last"] == [len(encoded(35)), "cloud 35", None] and len(huge) == 3
 
 
 def write_anyhow(path: Path, rows: list[dict]) -> Path:

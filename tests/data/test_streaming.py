@@ -252,6 +252,25 @@ def test_unreadable_samples_are_named_and_captions_cut(stream, tmp_path):
             assert (batch["view"][row] == ("bad", batch["position"][row])) == (key in reasons)
 
 
+def test_files_that_are_too_large_cost_the_samples_that_need_them(stream, tmp_path, monkeypatch):
+    monkeypatch.setattr(streams, "MAX_BYTES", 5_000)
+    monkeypatch.setattr(streams, "MAX_FACTS", 1_000)
+    long = json.dumps({"text": "x" * 1_000}).encode()
+    files = {
+        "a.png": png(0) + bytes(5_000), "a.txt": b"a",
+        "b.png": png(1), "b.json": long,
+        "c.png": png(2), "c.json": long, "c.txt": b"c" * 2**20,
+        "__meta__/m.png": png(3),
+        "d.jpg": png(3), "d.txt": b"d",
+    }  # fmt: skip
+    write_tar(tmp_path / "0.tar", files)
+    ranks = stream(tmp_path, samples=4, size=1)
+    found = dict(zip(flat(ranks, "key"), zip(flat(ranks, "caption"), flat(ranks, "bad"), strict=True), strict=True))
+    assert found["c"] == ("c" * MAX_CAPTION, None) and found["d"] == ("d", None) and found.keys() == set("abcd")
+    assert f"'a.png': {len(png(0)) + 5_000:,} bytes are more than 5,000" in found["a"][1]
+    assert f"'b.json': {len(long):,} bytes are more than 1,000" in found["b"][1]
+
+
 def broken(tmp_path, how):
     """Two whole shards around one of three samples, broken in the second; keys are the same in all."""
     for shard, numbers in enumerate([(0, 1), (2, 3, 4), (5, 6)]):

@@ -1,13 +1,12 @@
-"""Sources that are read from the front: what they give, and tar shards, read by webdataset."""
+"""Sources that are read from the front: what they give, and webdataset's tar shards."""
 
 from __future__ import annotations
 
 import itertools
 import json
-import tarfile
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
-from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
@@ -15,9 +14,21 @@ from urllib.request import urlopen
 
 from memfilter.config import ConfigError
 from memfilter.data.saved import CAPTIONS
-from memfilter.data.shards import IMAGE_SUFFIXES, ShardError, as_caption, as_key, require_end
+from memfilter.data.shards import (
+    IMAGE_SUFFIXES,
+    MAX_BYTES,
+    MAX_CAPTION,
+    MAX_FACTS,
+    ShardError,
+    Tar,
+    TooLarge,
+    as_caption,
+    as_key,
+    printable,
+)
 
 SECONDS = 60  # that a server may be silent
+_META = re.compile(r"__[^/]*__($|/)")  # what webdataset has for itself in shards
 
 
 @dataclass(frozen=True)
@@ -70,7 +81,7 @@ def caption_in(facts, names: Iterable[str] = CAPTIONS) -> str:
 
 
 class TarStream(Stream):
-    """Tar shards, read by webdataset: every reader has shards of its own.
+    """Tar shards, in webdataset's order and its samples: every reader has shards of its own.
 
     Args:
         path: directory of ``*.tar``, one of them, a brace pattern, or one or a pattern of them as http(s) addresses.
@@ -120,42 +131,22 @@ class TarStream(Stream):
                 yield sample
 
     def _files(self, urls: Iterator[str], broken: dict[str, str]) -> Iterator[dict]:
-        from webdataset.tariterators import tar_file_expander
-
+        """webdataset's files. In place of what one has too much of stands the error that says so: it may not be needed."""
         for url in urls:
-
-            def note(error: Exception, url: str = url) -> bool:
-                reason = " ".join(str(error.args[0] if error.args else error).split(" @ ")[0].split())
-                broken.setdefault(url, f"shard {url} cannot be read ({reason}): fetch or write it again")
-                return True
-
             try:
-                stream = urlopen(url, timeout=SECONDS) if _is_remote(url) else open(url, "rb")  # noqa: SIM115
+                with urlopen(url, timeout=SECONDS) if _is_remote(url) else open(url, "rb") as stream:
+                    for name, size, is_file in (tar := Tar(stream)):
+                        if not (is_file and (limit := _limit(name))):
+                            continue
+                        if size > limit and not name.lower().endswith(".txt"):
+                            data = TooLarge(f"{name!r}: {size:,} bytes are more than {limit:,}")
+                        else:
+                            data = tar.read(min(size, limit))
+                        yield {"fname": name, "data": data, "__url__": url}
             except Exception as error:  # noqa: BLE001  the system's, HTTP's and TLS's
-                note(OSError(str(error)))
-                continue
-            with closing(stream):
-                source = [{"url": url, "stream": _Opened(stream)}]
-                yield from tar_file_expander(source, handler=note, select_files=_is_wanted, eof_value=None)
-                try:
-                    require_end(stream)
-                except Exception as error:  # noqa: BLE001  the system's, HTTP's and TLS's
-                    note(error)
-                yield {}  # what was begun in this shard does not go on in the next
-
-
-class _Opened:
-    """A shard for tarfile, which takes the end of a file that was cut between members for that of the archive; but one
-    that is whole is never read beyond its end."""
-
-    def __init__(self, stream):
-        self._stream = stream
-
-    def read(self, size: int) -> bytes:
-        data = self._stream.read(size)
-        if not data:
-            raise tarfile.ReadError("unexpected end of file")
-        return data
+                reason = " ".join(str(error).split())
+                broken[url] = f"shard {printable(url)} cannot be read ({reason}): fetch or write it again"
+            yield {}  # what was begun in this shard does not go on in the next
 
 
 def _is_remote(url: str) -> bool:
@@ -184,8 +175,12 @@ def _shards_of(path: str) -> list[str]:
     return urls
 
 
-def _is_wanted(name: str) -> bool:
-    return name.rpartition("/")[2].partition(".")[2].lower() in (*IMAGE_SUFFIXES, "txt", "json")
+def _limit(name: str) -> int:
+    """So many bytes are read of a file of that name; 0 of what is not wanted."""
+    if _META.match(name):
+        return 0
+    suffix = name.rpartition("/")[2].partition(".")[2].lower()
+    return MAX_BYTES if suffix in IMAGE_SUFFIXES else {"txt": MAX_CAPTION, "json": MAX_FACTS}.get(suffix, 0)
 
 
 def _picture_in(sample: dict) -> bool:
@@ -194,10 +189,16 @@ def _picture_in(sample: dict) -> bool:
 
 def _found_in(sample: dict) -> Found:
     key, where = as_key(sample["__key__"]), sample["__url__"]
-    picture = next(sample[suffix] for suffix in IMAGE_SUFFIXES if suffix in sample)
-    if "txt" in sample or "json" not in sample:
-        return Found(key, where, picture, as_caption(sample.get("txt", b"")))
     try:
-        return Found(key, where, picture, caption_in(json.loads(sample["json"])))
+        picture = _whole(next(sample[suffix] for suffix in IMAGE_SUFFIXES if suffix in sample))
+        if "txt" in sample or "json" not in sample:
+            return Found(key, where, picture, as_caption(sample.get("txt", b"")))
+        return Found(key, where, picture, caption_in(json.loads(_whole(sample["json"]))))
     except (ValueError, RecursionError) as error:
         return Found(key, bad=f"sample {key!r} in {where}: {error}")
+
+
+def _whole(data: bytes | TooLarge) -> bytes:
+    if isinstance(data, TooLarge):
+        raise data
+    return data
