@@ -69,7 +69,8 @@ def candidates(data: Path, kept: Path, processes: int | None = None) -> pa.Table
     """Everything under a directory, in order of shards: rows of `SCHEMA`.
 
     Args:
-        data: directory of tar files or pictures, or of directories of them, in img2dataset's layout.
+        data: directory of tar files or pictures, or of directories of them, in img2dataset's layout. Links are followed;
+            a directory counts once, under the first of its names.
         kept: directory for what is found, shard by shard.
         processes: that read and hash; by default one for each core.
 
@@ -114,7 +115,13 @@ def versions() -> dict[str, str]:
 
 
 def _units(data: Path) -> Iterator[Unit]:
-    for folder, below, names in os.walk(data, onerror=_refuse):
+    seen = set()  # directories: links may lead around, or twice to the same
+    for folder, below, names in os.walk(data, onerror=_refuse, followlinks=True):
+        facts = os.stat(folder)
+        if (number := (facts.st_dev, facts.st_ino)) in seen:
+            below.clear()
+            continue
+        seen.add(number)
         below[:] = sorted(name for name in below if not name.startswith("."))
         place = Path(folder)
         visible = sorted(name for name in names if not name.startswith("."))

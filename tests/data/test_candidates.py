@@ -110,6 +110,22 @@ def test_shards_of_several_downloads_keep_their_keys_apart(tmp_path):
     assert keys == ["a/00000", "a/00001", "a/00002", "b/c/00000", "b/c/00001", "b/c/00002"]
 
 
+def test_links_to_directories_are_followed_and_each_counts_once(tmp_path):
+    data, disk = tmp_path / "data", tmp_path / "disk"
+    write_clouds(disk / "shards" / "deep", range(3))
+    write_clouds(data / "own", range(3, 5))
+    (data / "part0").symlink_to(disk / "shards")
+    (data / "part1").symlink_to(disk / "shards" / "deep")  # which is in part0
+    (disk / "shards" / "deep" / "around").symlink_to(disk / "shards")
+    (data / "own" / "back").symlink_to("..")
+    table = candidates(data, tmp_path / "kept", 1)
+    assert table["key"].to_pylist() == ["own/00003", "own/00004", *(f"part0/deep/0000{n}" for n in range(3))]
+    assert set(table["shard"].to_pylist()) == {"own/00000.tar", "part0/deep/00000.tar"}
+    linked = tmp_path / "linked"
+    linked.symlink_to(data)
+    assert candidates(linked, tmp_path / "kept", 1).equals(table)
+
+
 def test_folder_of_many_pictures_is_hashed_in_parts(tmp_path, monkeypatch):
     monkeypatch.setattr(module, "FOLDER_CHUNK", 4)
     (tmp_path / "data").mkdir()
