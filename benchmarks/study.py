@@ -24,11 +24,12 @@ from pathlib import Path
 import evidence
 import numpy as np
 import pandas as pd
-from common import mean, parser, write_csv, write_text
+from common import ROOT, mean, parser, write_csv, write_text
 from scipy import stats
 
 from memfilter.eval.results import COLUMNS, RESULTS
 from memfilter.eval.sweep_report.data import BASE, FIGURES, NONE, ORACLE, least_memorizing, means_of, read_results, settings_of
+from memfilter.sweep import read_sweep
 
 RUNS = "runs/clipart/runs"  # where the sweep has its runs
 FILTERS = ("tau", "timestep", "evidence")
@@ -206,7 +207,8 @@ def begin(sweep: Path, results: Path) -> None:
     for row in evidence.read_rows(results / "evidence.csv"):
         if row["scenario"] == "a":
             rows.append({name: row.get(name) for name in COLUMNS} | {"cpu_seconds": row["seconds"], "run": f"{RUNS}/{row['run']}"})
-    write_csv(sweep / RESULTS, COLUMNS, rows)
+    points = {point.config.run_dir for point in read_sweep(ROOT / "configs" / "sweeps" / "study.yaml")}  # it refuses others
+    write_csv(sweep / RESULTS, COLUMNS, [row for row in rows if row["run"] in points])
 
 
 def main() -> None:

@@ -23,7 +23,7 @@ from tqdm import tqdm
 from memfilter.arguments import parse
 from memfilter.children import Children, children
 from memfilter.config import Config, ConfigError, FilterConfig, MitigationConfig, digest
-from memfilter.eval.results import read_figures, recorded_figures, write_results
+from memfilter.eval.results import RESULTS, read_figures, recorded_figures, write_results
 
 log = logging.getLogger(__name__)
 
@@ -75,14 +75,14 @@ class Sweep:
         A run that the table has and whose directory is gone is not made again: its row is kept.
 
         Raises:
-            ValueError: the table that is there cannot be read.
+            ValueError: the table that is there cannot be read, or it is all that is left of runs that are no points of this sweep.
             SweepError: runs have failed; all others were made.
         """
         (self.out / "logs").mkdir(parents=True, exist_ok=True)
         self._free = SimpleQueue()
         for part in parts_of_devices(self.processes):
             self._free.put(part)
-        rows, failed, recorded = {}, [], recorded_figures(self.out)
+        rows, failed, recorded = {}, [], self._recorded()
         gone = [p for p in self.points if p.config.run_dir in recorded and not Path(p.config.run_dir).exists()]
         for point in self.points:  # those of an earlier call stay in the table until they are read again
             with suppress(ValueError):
@@ -100,9 +100,10 @@ class Sweep:
                 for job in as_completed(jobs):
                     if told := job.result():
                         failed.append(f"run {jobs[job].config.run_dir} failed: see {told}")
-                        rows.pop(jobs[job].row, None)
+                        changed = rows.pop(jobs[job].row, None)  # what an earlier call has read there
                     else:
-                        rows[jobs[job].row] = self._row(jobs[job])
+                        changed = rows[jobs[job].row] = self._row(jobs[job])
+                    if changed:
                         write_results(_with_time_ratios([*rows.values()]), self.out)
                     bar.update()
             except BaseException:
@@ -111,6 +112,14 @@ class Sweep:
         if failed:
             raise SweepError("\n".join(failed))
         return _with_time_ratios([*rows.values()])
+
+    def _recorded(self) -> dict[str, dict]:
+        """`recorded_figures`, where the table that is written next can have all that is known by this one alone."""
+        recorded, own = recorded_figures(self.out), {point.config.run_dir for point in self.points}
+        if lost := [run for run in recorded if run not in own and not Path(run).exists()]:
+            raise ValueError(f"{self.out / RESULTS} is the only record of {len(lost)} runs that are no points of this sweep and whose "
+                             f"directories are gone: {', '.join(lost)}; name another --out, or delete their rows")  # fmt: skip
+        return recorded
 
     def _make(self, point: Point, started: Children) -> Path | None:
         """The run and its evaluation; the log where one of them failed."""

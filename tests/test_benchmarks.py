@@ -302,19 +302,20 @@ def test_study_writes_table_hours_and_comparisons(benchmark, tmp_path, monkeypat
 
 def test_study_begins_with_the_rows_that_are_published(benchmark, tmp_path):
     study, evidence = benchmark("study"), benchmark("evidence")
+    points = [point.config.run_dir for point in read_sweep(SWEEPS / "study.yaml")]
+    assert all(run.startswith(f"{study.RUNS}/") for run in points)
     known = dict.fromkeys(evidence.COLUMNS, 0.5) | {"setting": "", "method": "none", "seed": 311}
     evidence.write_rows(tmp_path / "evidence.csv", [
-        known | {"scenario": scenario, "seconds": 100.0, "run": scenario * 12, "recipe": evidence.recipe(scenario, ("none", ""))}
-        for scenario in "ab"
+        known | {"scenario": scenario, "seconds": 100.0, "run": run, "recipe": evidence.recipe(scenario, ("none", ""))}
+        for scenario, run in (("a", Path(points[0]).name), ("a", "no-point"), ("b", Path(points[1]).name))
     ])  # fmt: skip
-    published = {"memorization_rate": 0.25, "cpu_seconds": 90.0, "run": f"{study.RUNS}/other"}
+    published = {"memorization_rate": 0.25, "cpu_seconds": 90.0, "run": points[2]}
     results.write_results([published], tmp_path)
     (tmp_path / "results.csv").rename(tmp_path / "study.csv")
     study.begin(tmp_path / "sweep", tmp_path)
     found = results.recorded_figures(tmp_path / "sweep")
     assert [(run, row["memorization_rate"], row["cpu_seconds"]) for run, row in found.items()] == [
-        (f"{study.RUNS}/other", 0.25, 90.0), (f"{study.RUNS}/{'a' * 12}", 0.5, 100.0)]  # fmt: skip
-    assert all(point.config.run_dir.startswith(f"{study.RUNS}/") for point in read_sweep(SWEEPS / "study.yaml"))
+        (points[2], 0.25, 90.0), (points[0], 0.5, 100.0)]  # fmt: skip
     (tmp_path / "evidence.csv").unlink()
     study.begin(tmp_path / "sweep", tmp_path)  # has a table
     assert results.recorded_figures(tmp_path / "sweep") == found

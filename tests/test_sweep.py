@@ -26,7 +26,7 @@ from memfilter.calibration import Calibration
 from memfilter.cli import main
 from memfilter.config import ConfigError, digest, make_filter
 from memfilter.pipelines import model_dir
-from memfilter.sweep import Sweep, describe, parts_of_devices, read_sweep
+from memfilter.sweep import Sweep, SweepError, describe, parts_of_devices, read_sweep
 
 ROOT = Path(__file__).resolve().parents[1]
 ENVIRONMENT = os.environ | {"ACCELERATE_USE_CPU": "true"}
@@ -151,6 +151,47 @@ def test_rows_of_runs_that_are_not_there_any_more_are_kept(tmp_path, monkeypatch
     table.write_text("run,cpu_seconds\nx,y\n")
     with pytest.raises(ValueError, match=r"results.csv is not the table of a sweep"):
         Sweep(points, tmp_path / "out").run(progress=False)
+
+
+def test_table_that_is_all_that_is_left_of_other_runs_is_not_written_over(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    points, made = read_sweep(written(tmp_path / "sweep.yaml")), []
+
+    def make(self, point, children):
+        made.append(point)
+        (run := Path(point.config.run_dir)).mkdir(parents=True, exist_ok=True)
+        (run / "summary.json").write_text('{"cpu_seconds": 1.0}')
+        (run / "evaluation.json").write_text("{}")
+
+    monkeypatch.setattr(Sweep, "_make", make)
+    table = tmp_path / "out" / "results.csv"
+    Sweep(points, tmp_path / "out").run(progress=False)
+    before, gone = table.read_text(), points[0].config.run_dir
+    shutil.rmtree(gone)
+    with pytest.raises(ValueError, match=f"only record of 1 runs that are no points of this sweep .* gone: {gone}; name another"):
+        Sweep(points[1:], tmp_path / "out").run(progress=False)
+    assert table.read_text() == before and len(made) == 4
+    Path(gone).mkdir()  # a run that is there can be read again
+    assert len(Sweep(points[1:], tmp_path / "out").run(progress=False)) == 3
+
+
+def test_run_that_fails_has_no_row_of_an_earlier_call(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    points = read_sweep(written(tmp_path / "sweep.yaml"))
+    for point in points:
+        (run := Path(point.config.run_dir)).mkdir(parents=True)
+        (run / "summary.json").write_text('{"cpu_seconds": 1.0}')
+        (run / "evaluation.json").write_text("{}")
+    table, failing = tmp_path / "out" / "results.csv", []
+    monkeypatch.setattr(Sweep, "_make", lambda self, point, children: Path("log") if point in failing else None)
+    Sweep(points, tmp_path / "out").run(progress=False)
+    for number in (1, len(points)):
+        failing[:] = points[:number]
+        with pytest.raises(SweepError):
+            Sweep(points, tmp_path / "out").run(progress=False)
+        rows = list(csv.DictReader(table.open(newline="")))
+        assert {row["run"] for row in rows} == {point.config.run_dir for point in points[number:]}
+        assert pq.read_table(table.with_suffix(".parquet")).num_rows == len(rows)
 
 
 def test_name_of_a_run_depends_on_what_the_weights_depend_on():
