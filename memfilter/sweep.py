@@ -10,6 +10,7 @@ from __future__ import annotations
 import itertools
 import logging
 import os
+import shlex
 import sys
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import suppress
@@ -75,7 +76,8 @@ class Sweep:
         A run that the table has and whose directory is gone is not made again: its row is kept.
 
         Raises:
-            ValueError: the table that is there cannot be read, or it is all that is left of runs that are no points of this sweep.
+            ValueError: the table that is there cannot be read, or it is all that is left of runs that are no points of this
+                sweep, or that were evaluated with other words than ``evaluate``.
             SweepError: runs have failed; all others were made.
         """
         (self.out / "logs").mkdir(parents=True, exist_ok=True)
@@ -85,8 +87,9 @@ class Sweep:
         rows, failed, recorded = {}, [], self._recorded()
         gone = [p for p in self.points if p.config.run_dir in recorded and not Path(p.config.run_dir).exists()]
         for point in self.points:  # those of an earlier call stay in the table until they are read again
+            known = recorded.get(point.config.run_dir, {})
             with suppress(ValueError):
-                rows[point.row] = self._row(point, recorded[point.config.run_dir] if point in gone else None)
+                rows[point.row] = self._row(point, known.get("evaluated"), known if point in gone else None)
         if gone:
             write_results(_with_time_ratios([*rows.values()]), self.out)
             log.warning("%d runs are not there any more: their rows are kept; a run is made again when its row is deleted", len(gone))
@@ -102,7 +105,7 @@ class Sweep:
                         failed.append(f"run {jobs[job].config.run_dir} failed: see {told}")
                         changed = rows.pop(jobs[job].row, None)  # what an earlier call has read there
                     else:
-                        changed = rows[jobs[job].row] = self._row(jobs[job])
+                        changed = rows[jobs[job].row] = self._row(jobs[job], self._words)
                     if changed:
                         write_results(_with_time_ratios([*rows.values()]), self.out)
                     bar.update()
@@ -117,9 +120,19 @@ class Sweep:
         """`recorded_figures`, where the table that is written next can have all that is known by this one alone."""
         recorded, own = recorded_figures(self.out), {point.config.run_dir for point in self.points}
         if lost := [run for run in recorded if run not in own and not Path(run).exists()]:
-            raise ValueError(f"{self.out / RESULTS} is the only record of {len(lost)} runs that are no points of this sweep and whose "
-                             f"directories are gone: {', '.join(lost)}; name another --out, or delete their rows")  # fmt: skip
+            raise ValueError(f"{self.out / RESULTS} is the only record of {len(lost)} runs that are no points of this sweep "
+                             f"and whose directories are gone: {', '.join(lost)}; name another --out, or delete their rows")  # fmt: skip
+        kept = {known["evaluated"] for run, known in recorded.items() if not Path(run).exists()}
+        if others := kept - {None, self._words}:
+            raise ValueError(f"{self.out / RESULTS} has rows of runs whose directories are gone and that were evaluated with "
+                             f"{' and '.join(map(repr, sorted(others)))}, not {self._words!r}: their figures mean other "
+                             "things; evaluate with the same words, name another --out, or delete their rows")  # fmt: skip
         return recorded
+
+    @property
+    def _words(self) -> str:
+        """By which the table tells how a run was evaluated."""
+        return shlex.join(self.evaluate) or "as usual"
 
     def _make(self, point: Point, started: Children) -> Path | None:
         """The run and its evaluation; the log where one of them failed."""
@@ -133,11 +146,11 @@ class Sweep:
         finally:
             self._free.put(devices)
 
-    def _row(self, point: Point, figures: dict | None = None) -> dict:
-        """Of these figures, or those that its directory has."""
+    def _row(self, point: Point, evaluated: str | None, figures: dict | None = None) -> dict:
+        """Of these figures, or those that its directory has, and the words that it was evaluated with, None if nobody knows."""
         names = dict(zip(("method", "setting", "seed"), point.row, strict=True))
         plain = replace(point.config, filter=FilterConfig(tau=None), mitigation=MitigationConfig())
-        about = {"run": point.config.run_dir, "_base": digest(plain)}
+        about = {"run": point.config.run_dir, "evaluated": evaluated, "_base": digest(plain)}
         swept = {name: value for name, value in point.settings.items() if name not in ("config", "train.seed")}
         return names | (figures or read_figures(Path(point.config.run_dir))) | swept | about
 

@@ -168,11 +168,39 @@ def test_table_that_is_all_that_is_left_of_other_runs_is_not_written_over(tmp_pa
     Sweep(points, tmp_path / "out").run(progress=False)
     before, gone = table.read_text(), points[0].config.run_dir
     shutil.rmtree(gone)
-    with pytest.raises(ValueError, match=f"only record of 1 runs that are no points of this sweep .* gone: {gone}; name another"):
+    with pytest.raises(ValueError, match=f"only record of 1 runs that are no points of this sweep .* gone: {gone}; name"):
         Sweep(points[1:], tmp_path / "out").run(progress=False)
     assert table.read_text() == before and len(made) == 4
     Path(gone).mkdir()  # a run that is there can be read again
     assert len(Sweep(points[1:], tmp_path / "out").run(progress=False)) == 3
+
+
+def test_rows_that_are_kept_were_evaluated_alike(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    points = read_sweep(written(tmp_path / "sweep.yaml"))
+
+    def make(self, point, children):
+        (run := Path(point.config.run_dir)).mkdir(parents=True, exist_ok=True)
+        (run / "summary.json").write_text('{"cpu_seconds": 1.0}')
+        (run / "evaluation.json").write_text("{}")
+
+    monkeypatch.setattr(Sweep, "_make", make)
+    table = tmp_path / "out" / "results.csv"
+    Sweep(points, tmp_path / "out", ["--seeds=2", "--steps=3"]).run(progress=False)
+    shutil.rmtree(points[0].config.run_dir)
+    before = table.read_text()
+    for words in ([], ["--seeds=3", "--steps=3"]):
+        with pytest.raises(ValueError, match="gone and that were evaluated with '--seeds=2 --steps=3', not "):
+            Sweep(points, tmp_path / "out", words).run(progress=False)
+        assert table.read_text() == before
+    for words in (["--seeds=2", "--steps=3"], []):
+        rows = Sweep(points, tmp_path / "out", words).run(progress=False)
+        assert {row["evaluated"] for row in rows if row["run"] != points[0].config.run_dir} == {" ".join(words) or "as usual"}
+        # tables that do not tell, as those that are published, are taken as they are
+        told = list(csv.reader(table.open(newline="")))
+        place = told[0].index("evaluated")
+        with table.open("w", newline="") as file:
+            csv.writer(file).writerows(line[:place] + line[place + 1 :] for line in told)
 
 
 def test_run_that_fails_has_no_row_of_an_earlier_call(tmp_path, monkeypatch):

@@ -17,7 +17,7 @@ QUANTILE = "the 99.9% quantile of the same measure over pairs of"
 OWN_LIMIT = f"{QUANTILE} distinct training pictures"
 COLUMNS = (
     "method", "setting", "seed", "memorization_rate", "copy_similarity", "agreement_duplicates", "agreement_distinct",
-    "seed_agreement", "distinct_dropped", "passes", "time_ratio", "cpu_seconds", "run",
+    "seed_agreement", "distinct_dropped", "passes", "time_ratio", "cpu_seconds", "run", "evaluated",
 )  # fmt: skip
 
 
@@ -54,18 +54,24 @@ def read_figures(run: Path) -> dict[str, float | None]:
     }
 
 
-def recorded_figures(out: Path) -> dict[str, dict[str, float | None]]:
-    """Run -> its figures, as `read_figures` has them, by the results.csv that an earlier call left; none where there is none.
+def recorded_figures(out: Path) -> dict[str, dict[str, float | str | None]]:
+    """Run -> its figures, as `read_figures` has them, and ``evaluated``, with which words that was (None where nobody knows),
+    by the results.csv that an earlier call left; none where there is none.
 
     Raises:
         ValueError: the table cannot be read.
     """
-    path, figures = out / RESULTS, [name for name in COLUMNS if name not in ("method", "setting", "seed", "run", "time_ratio")]
+    others = ("method", "setting", "seed", "run", "time_ratio", "evaluated")
+    path, figures = out / RESULTS, [name for name in COLUMNS if name not in others]
     if not path.exists():
         return {}
     try:
         with path.open(newline="", encoding="utf-8") as file:
-            return {row["run"]: {name: float(row[name]) if row[name] else None for name in figures} for row in csv.DictReader(file)}
+            return {
+                row["run"]: {name: float(row[name]) if row[name] else None for name in figures}
+                | {"evaluated": row.get("evaluated") or None}
+                for row in csv.DictReader(file)
+            }
     except (OSError, ValueError, KeyError, TypeError, csv.Error) as error:
         raise ValueError(f"{path} is not the table of a sweep: {' '.join(str(error).split())}") from error
 
