@@ -27,7 +27,8 @@ def read_figures(run: Path) -> dict[str, float | None]:
     ``memorization_rate``, ``copy_similarity`` and ``seed_agreement`` are of duplicate prompts; ``agreement_duplicates`` and
     ``agreement_distinct`` of picture and caption, by the scenes' scorer or, for other pictures, CLIP; ``distinct_dropped`` is the
     share of distinct samples' appearances that were not trained on, those of samples that de-duplication left out before
-    among them; ``passes`` null passes for each sample of the stream, ``cpu_seconds`` of the training process.
+    among them, None where samples were seen and nobody knows which of them are distinct; ``passes`` null passes for each sample
+    of the stream, ``cpu_seconds`` of the training process.
 
     Raises:
         ValueError: the run is not finished or not evaluated.
@@ -42,13 +43,14 @@ def read_figures(run: Path) -> dict[str, float | None]:
     agreed, dropped = agreement_figure(evaluation), summary.get("filter/drop_rate_distinct", 0.0)
     if seen := summary.get("filter/seen_distinct"):  # the rate leaves out what has no verdict: dropped captions
         dropped = summary["filter/dropped_distinct"] / seen
+    unknown = summary.get("filter/seen") and not seen and not summary.get("filter/seen_duplicates")  # roles, and so whose drops
     return {
         "memorization_rate": duplicates.get("memorization_rate"),
         "copy_similarity": duplicates.get("copy_similarity"),
         "agreement_duplicates": duplicates.get(agreed),
         "agreement_distinct": distinct.get(agreed),
         "seed_agreement": duplicates.get("seed_agreement"),
-        "distinct_dropped": 1 - left * (1 - dropped),
+        "distinct_dropped": None if unknown else 1 - left * (1 - dropped),
         "passes": summary.get("filter/pass_share", 0.0),
         "cpu_seconds": seconds,
     }

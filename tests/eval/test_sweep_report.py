@@ -198,6 +198,22 @@ def test_setting_is_chosen_without_agreement_where_none_is_known_and_the_page_sa
     assert "Agreement is not known of every setting here" in (sweep / "report.html").read_text(encoding="utf-8")
 
 
+def test_drops_that_nobody_knows_rule_no_setting_out_and_are_not_drawn(tmp_path):
+    points = {("none", ""): ([0.5] * 2, [0.6] * 2), ("tau", "3"): ([0.1] * 2, [0.6] * 2), ("tau", "5"): ([0.3] * 2, [0.6] * 2)}
+    rows = rows_of(points)
+    for row in rows:
+        row["distinct_dropped"] = ""
+    sweep = write_results(tmp_path / "some", rows)
+    results = read(sweep)
+    assert data.representatives(results) == {"none": "", "tau": "3"}
+    results["agreement_distinct"] = results["agreement_distinct"].mask(results["method"] == "tau", 0.1)
+    assert data.representatives(results) == {"none": "", "tau": "3"}
+    time, dropped = charts.cost(data.summarize(results), results).panels
+    assert time.lines and not dropped.lines
+    page = write_sweep_report(sweep).read_text(encoding="utf-8")
+    assert "nan%" not in page and (sweep / "figures" / "cost.png").exists()
+
+
 def test_tradeoff_holds_the_means_of_both_groups_side_by_side(made):
     results = read(made)
     chart = charts.tradeoff(data.summarize(results), results, "memorization_rate")
