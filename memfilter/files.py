@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
+import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -13,10 +14,17 @@ from typing import IO
 
 @contextmanager
 def atomic(path: Path) -> Iterator[Path]:
-    """Where to write what shall stand at ``path`` once all of it is there; what fails leaves ``path`` as it was."""
-    partial = path.with_name(f".{path.name}.partial")
+    """Where to write what shall stand at ``path`` once all of it is there; what fails leaves ``path`` as it was.
+
+    Processes may write the same file at the same time: that of the last one stands. What a killed one leaves is called
+    ``.*.partial``, beside ``path``.
+    """
+    own = f"{os.getpid()}-{secrets.token_hex(4)}"  # machines may share a disk, and a pid
+    partial = path.with_name(f".{path.name}.{own}.partial")
     try:
         yield partial
+        with partial.open("rb") as file:
+            os.fsync(file.fileno())  # or a machine that crashes may keep the name without what it stands for
         os.replace(partial, path)
     except BaseException:
         with suppress(OSError):
