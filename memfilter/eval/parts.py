@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import shutil
+import zipfile
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -14,6 +16,12 @@ from accelerate import PartialState
 from tqdm import tqdm
 
 from memfilter.files import atomic
+
+log = logging.getLogger(__name__)
+
+# what numpy says of a .npz of which a part is missing, as a disk that was full or a machine that crashed may leave it
+CUT = (EOFError, ValueError, zipfile.BadZipFile)
+
 
 def fingerprint(facts: dict) -> str:
     """sha256 of what decides some results."""
@@ -43,7 +51,7 @@ class Parts:
         state.wait_for_everyone()
 
     def run(self, count: int, work: Callable[[int], dict[str, np.ndarray]], progress: bool) -> list[dict]:
-        """What ``work`` gives for each of the numbers 0 ... count - 1; what has a file is not done again.
+        """What ``work`` gives for each of the numbers 0 ... count - 1; what has a whole file is not done again.
 
         Args:
             work: called in the process whose turn it is.
@@ -68,7 +76,17 @@ class Parts:
     def due(self, count: int) -> list[int]:
         """Which of so many jobs this process has still to do."""
         own = range(self._state.process_index, count, self._state.num_processes)
-        return [number for number in own if not self._path(number).exists()]
+        return [number for number in own if not self._is_whole(self._path(number))]
+
+    def _is_whole(self, path: Path) -> bool:
+        try:
+            dict(np.load(path))
+        except FileNotFoundError:
+            return False
+        except CUT as error:
+            log.warning("%s is made again: it cannot be read (%s)", path, error)
+            return False
+        return True
 
     def _path(self, number: int) -> Path:
         return self._directory / f"{number:06d}.npz"

@@ -385,3 +385,19 @@ def test_parts_of_other_settings_and_half_written_ones_are_removed(tmp_path):
     assert [part["x"].item() for part in found] == [5, 6]
     assert sorted(path.name for path in directory.iterdir()) == ["000000.npz", "000001.npz"]
     assert len(list(tmp_path.glob("nearest-*/*.npz"))) == 1
+
+
+@pytest.mark.parametrize("left", [b"", b"nothing that numpy knows", 0.5, "holes"])
+def test_part_that_is_cut_is_made_again_and_no_other(tmp_path, caplog, left):
+    def parts():
+        return Parts(tmp_path, "generate", {"steps": 1}, processes())
+
+    parts().run(3, lambda number: {"x": np.full(100, number)}, progress=False)
+    path = next(tmp_path.glob("generate-*/000001.npz"))
+    whole = path.read_bytes()
+    if left == "holes":  # as long as it was, without what it held
+        left = whole[:200] + bytes(400) + whole[600:]
+    path.write_bytes(left if isinstance(left, bytes) else whole[: int(left * len(whole))])
+    assert parts().due(3) == [1] and f"{path} is made again" in caplog.text
+    found = parts().run(3, lambda number: {"x": np.full(100, number + 10)}, progress=False)
+    assert [part["x"][0] for part in found] == [0, 11, 2]
