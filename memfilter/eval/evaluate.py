@@ -19,11 +19,11 @@ from memfilter.eval.frechet import distances
 from memfilter.eval.generate import batches, generate_batch
 from memfilter.eval.measuring import measured, training_pictures
 from memfilter.eval.nearest import nearest as find_nearest
-from memfilter.eval.parts import Parts, fingerprint
+from memfilter.eval.parts import CUT, Parts, fingerprint
 from memfilter.eval.runs import DUPLICATES, FinishedRun, Prompt
 from memfilter.files import atomic
 from memfilter.pipelines import load_trained
-from memfilter.processes import processes
+from memfilter.processes import from_main, processes
 
 EVALUATION, PICTURES, PARTS = "evaluation.json", "evaluation.npz", "evaluation.parts"
 FRECHET_PICTURES = 10_000  # training pictures at most
@@ -89,26 +89,31 @@ def evaluate_run(
     )
     run_dir, state = Path(run_dir), processes()
     run = FinishedRun(run_dir)
-    asked = run.read_prompts(prompts) if prompts else run.prompts(distinct, near_copies)
-    if not asked:
-        raise ValueError(f"{run_dir} has no duplicates and distinct is {distinct}: there is nothing to generate")
-    if frechet:
-        if frechet == "scorer" and not run.of_scenes:
-            raise ValueError("frechet=scorer needs a run on clipart scenes: use clip or measure")
-        if all(prompt.kind == DUPLICATES for prompt in asked) or not len(run.distinct_rows()):
-            raise ValueError("frechet needs prompts and training pictures that are no duplicates: one kind is missing")
-    model = Clip(clip, state.device) if clip and state.is_main_process else None
 
-    settings = {
-        "prompts": [prompt.text for prompt in asked],
-        "seeds": seeds,
-        "steps": steps,
-        "guidance_scale": guidance_scale,
-        "size": run.config.data.resolution,
-        "batch_size": batch_size,
-        **run.stamp(),
-    }
-    generations, pipeline = _made_before(run_dir, settings), None
+    def decided() -> tuple[list[Prompt], dict, bool]:
+        """What is asked for, by which settings, and whether pictures that were made by these are there."""
+        asked = run.read_prompts(prompts) if prompts else run.prompts(distinct, near_copies)
+        if not asked:
+            raise ValueError(f"{run_dir} has no duplicates and distinct is {distinct}: there is nothing to generate")
+        if frechet:
+            if frechet == "scorer" and not run.of_scenes:
+                raise ValueError("frechet=scorer needs a run on clipart scenes: use clip or measure")
+            if all(prompt.kind == DUPLICATES for prompt in asked) or not len(run.distinct_rows()):
+                raise ValueError("frechet needs prompts and training pictures that are no duplicates: one kind is missing")
+        settings = {
+            "prompts": [prompt.text for prompt in asked],
+            "seeds": seeds,
+            "steps": steps,
+            "guidance_scale": guidance_scale,
+            "size": run.config.data.resolution,
+            "batch_size": batch_size,
+            **run.stamp(),
+        }
+        return asked, settings, _are_made(run_dir, settings)
+
+    asked, settings, there = from_main(state, decided)
+    model = Clip(clip, state.device) if clip and state.is_main_process else None
+    generations, pipeline = _read_generations(run_dir) if there else None, None
     if generations is None:
         pipeline = load_trained(run_dir)
         side = settings["size"] or pipeline.unet.config.sample_size * pipeline.vae_scale_factor
@@ -160,13 +165,22 @@ def require_sensible(
         raise ValueError("frechet=clip needs clip: name a CLIP")
 
 
-def _made_before(run_dir: Path, settings: dict) -> np.ndarray | None:
-    """uint8 [P, S, H, W, 3], where they were made by the same settings."""
-    if (run_dir / PICTURES).is_file():
+def _are_made(run_dir: Path, settings: dict) -> bool:
+    """Whether evaluation.npz has, whole, what is made by these settings."""
+    try:
         with np.load(run_dir / PICTURES) as found:
-            if "settings" in found and str(found["settings"]) == fingerprint(settings):
-                return found["generations"]
-    return None
+            if "settings" not in found or str(found["settings"]) != fingerprint(settings):
+                return False
+        _read_generations(run_dir)
+    except (FileNotFoundError, *CUT):
+        return False
+    return True
+
+
+def _read_generations(run_dir: Path) -> np.ndarray:
+    """uint8 [P, S, H, W, 3]."""
+    with np.load(run_dir / PICTURES) as found:
+        return found["generations"]
 
 
 def _generations(run_dir: Path, settings: dict, pipeline, state, progress: bool) -> np.ndarray:

@@ -16,6 +16,7 @@ from accelerate import PartialState
 from tqdm import tqdm
 
 from memfilter.files import atomic
+from memfilter.processes import from_main
 
 log = logging.getLogger(__name__)
 
@@ -36,11 +37,12 @@ class Parts:
     Args:
         directory: for all kinds; what was left there of the same kind, made otherwise, is removed.
         kind: of results.
-        facts: what decides them.
+        facts: what decides them, as the main process sees it.
     """
 
     def __init__(self, directory: Path, kind: str, facts: dict, state: PartialState):
-        self._directory, self._state, self._kind = directory / f"{kind}-{fingerprint(facts)[:16]}", state, kind
+        self._state, self._kind = state, kind
+        self._directory = directory / from_main(state, lambda: f"{kind}-{fingerprint(facts)[:16]}")
         if state.is_main_process:
             for other in directory.glob(f"{kind}-*"):
                 if other != self._directory:

@@ -29,7 +29,7 @@ from memfilter.eval.parts import Parts
 from memfilter.eval.runs import FinishedRun, Prompt
 from memfilter.eval.sscd import Sscd
 from memfilter.pipelines import load_trained
-from memfilter.processes import processes
+from memfilter.processes import from_main, processes
 
 SHORT = {"distinct": 3, "seeds": 2, "steps": 1, "batch_size": 3, "progress": False}
 FILES = ("evaluation.json", "evaluation.npz")
@@ -341,6 +341,38 @@ def test_two_processes_write_what_one_does(evaluated, scenes_run, tmp_path, monk
     assert contents(run) == contents(evaluated[0])
 
 
+def evaluate_apart(run) -> None:
+    """`evaluate_with` where every process sees files of other dates."""
+    stamp = FinishedRun.stamp
+    FinishedRun.stamp = lambda run: stamp(run) | {"rank": torch.distributed.get_rank()}
+    evaluate_with(run)
+
+
+def test_main_process_decides_which_pictures_are_made_and_whether(evaluated, scenes_run, tmp_path, monkeypatch):
+    run = shutil.copytree(scenes_run, tmp_path / "run")
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    for _ in range(2):  # the second time they are there, for all processes
+        debug_launcher(evaluate_apart, args=(run,), num_processes=2)
+        assert json.loads((run / "evaluation.json").read_text()) == evaluated[1]
+        assert not (run / "evaluation.parts").exists()
+
+
+def fail_in_main(out) -> None:
+    AcceleratorState._reset_state(reset_partial_state=True)
+    state = processes()
+    found = from_main(state, lambda: {"rank": state.process_index})
+    with pytest.raises(OSError if state.is_main_process else ValueError) as error:
+        from_main(state, lambda: (out / "missing").read_text())
+    (out / str(state.process_index)).write_text(f"{found} {error.value}")
+
+
+def test_error_of_what_the_main_process_decides_reaches_all(tmp_path, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    debug_launcher(fail_in_main, args=(tmp_path,), num_processes=2)
+    first, second = ((tmp_path / name).read_text() for name in "01")
+    assert first == second and first.startswith("{'rank': 0} ") and "No such file or directory" in first
+
+
 def test_killed_evaluation_goes_on_where_it_was(evaluated, scenes_run, tmp_path, monkeypatch):
     run = shutil.copytree(scenes_run, tmp_path / "run")
     child = multiprocessing.get_context("fork").Process(target=evaluate_with, args=(run, 0.3))
@@ -369,6 +401,10 @@ def test_pictures_that_are_there_are_measured_again_without_being_made(scenes_co
     assert evaluate_run(scenes_copy, **SHORT) == first and contents(scenes_copy) == before
     with pytest.raises(TypeError):  # other pictures are asked for
         evaluate_run(scenes_copy, **SHORT | {"steps": 2})
+    monkeypatch.undo()
+    pictures = scenes_copy / "evaluation.npz"
+    pictures.write_bytes(pictures.read_bytes()[:-100])  # cut
+    assert evaluate_run(scenes_copy, **SHORT) == first and contents(scenes_copy) == before
 
 
 def test_parts_of_other_settings_and_half_written_ones_are_removed(tmp_path):
