@@ -3,7 +3,7 @@ import pytest
 
 from memfilter.data import scenes
 from memfilter.eval import copies
-from memfilter.eval.copies import PIXELS, copy_similarity, distinct_above, memorized_above, seed_agreement
+from memfilter.eval.copies import PIXELS, PixelCorrelation, copy_similarity, distinct_above, memorized_above, seed_agreement
 
 
 def noise(*shape, seed=0):
@@ -36,6 +36,15 @@ def test_limit_is_the_quantile_of_all_pairs_of_pictures_of_one_caption():
     limit = np.quantile(pairs, 0.999)
     assert len(pairs) == 4 * 36 and min(max(pairs) - limit, limit - np.quantile(pairs, 0.99)) > 1e-3
     assert memorized_above(4, 9, seed=8, resolution=24) == pytest.approx(limit, abs=1e-6)
+
+
+def test_usual_limit_is_not_computed_and_any_other_is(monkeypatch):
+    monkeypatch.setattr(copies, "compute_memorized_above", lambda *asked: asked)
+    limit, usual = memorized_above.__wrapped__, (300, 20, 20261122, PIXELS, 32)
+    assert limit() == limit(*usual) == pytest.approx(0.868303, abs=1e-6)
+    for other in ({"captions": 60}, {"pictures": 4}, {"seed": 1}, {"measure": PixelCorrelation()}, {"resolution": 33}):
+        names = ("captions", "pictures", "seed", "measure", "resolution")
+        assert limit(**other) == tuple((dict(zip(names, usual, strict=True)) | other).values())
 
 
 def test_seed_agreement_is_the_mean_over_all_pairs():

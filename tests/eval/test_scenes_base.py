@@ -8,7 +8,7 @@ from safetensors.torch import load_file
 
 from memfilter.data import scenes
 from memfilter.eval.agreement import agreement
-from memfilter.eval.copies import memorized_above, seed_agreement
+from memfilter.eval.copies import CAPTIONS, PICTURES, PIXELS, SEED, compute_memorized_above, memorized_above, seed_agreement
 from memfilter.eval.generate import generate
 from memfilter.pipelines import load_pipeline, model_dir
 
@@ -52,6 +52,11 @@ def test_four_seeds_give_four_different_pictures(pictures):
     together = seed_agreement(pictures)
     assert np.median(together) < 0.6
     assert (together < memorized_above()).all()
+
+
+def test_limit_that_comes_with_the_package_is_that_of_its_scenes():
+    computed = compute_memorized_above(CAPTIONS, PICTURES, SEED, PIXELS, scenes.RESOLUTION)
+    assert memorized_above() == pytest.approx(computed, abs=1e-6)
 
 
 def test_scorer_tells_the_right_caption_from_others():
