@@ -15,7 +15,8 @@ from memfilter.eval.results import OWN_LIMIT, QUANTILE
 from memfilter.eval.runs import DISTINCT, DUPLICATES, UNKNOWN, FinishedRun, Prompt
 
 PERCENTILES = (75, 90, 95)
-# column -> figures of its mean, and of its share above the limit
+# column -> figures of its mean, and of its share above the limit: of the nearest only where the limit is the measure's own, since
+# of so many pictures one is above a quantile of pairs whether it was copied or not
 COPYING = {
     "similarity": ("copy_similarity", "memorization_rate"),
     "nearest_similarity": ("nearest_similarity", "nearest_memorization_rate"),
@@ -74,7 +75,7 @@ def measured(
             if name not in COPYING:
                 found[name] = float(values.mean())
             elif len(values := values[~np.isnan(values)]):
-                found |= _copying(name, values, limit, measure)
+                found |= _copying(name, values, limit if name == "similarity" else measure.memorized_above(side), measure)
         return found | {"seed_agreement": float(together[chosen].mean())}
 
     rows = [
@@ -124,9 +125,10 @@ def _columns(
     return columns
 
 
-def _copying(name: str, values: np.ndarray, limit: float, measure: Measure) -> dict[str, float]:
+def _copying(name: str, values: np.ndarray, limit: float | None, measure: Measure) -> dict[str, float]:
+    """Without a limit there is no share above it."""
     label, rate = COPYING[name]
-    found = {rate: float((values > limit).mean()), label: float(values.mean())}
+    found = ({} if limit is None else {rate: float((values > limit).mean())}) | {label: float(values.mean())}
     found |= {f"{label}_p{p}": float(np.percentile(values, p)) for p in PERCENTILES}
     return found | {f"{label}_above_{above}": float((values > above).mean()) for above in measure.also_above}
 

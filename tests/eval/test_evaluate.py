@@ -124,6 +124,20 @@ def test_nearest_training_pictures_are_those_that_brute_force_finds(evaluated, s
     assert result["training_unreadable"] == 0
 
 
+def test_share_of_nearest_pictures_above_a_limit_is_told_only_where_the_limit_is_not_one_of_pairs(evaluated):
+    run, result = evaluated
+    assert not any("nearest_memorization_rate" in result[kind] for kind in ("duplicates", "distinct"))
+    found = FinishedRun(run)
+    asked = found.prompts(SHORT["distinct"])
+    with np.load(run / "evaluation.npz") as pictures:
+        generations = pictures["generations"]
+    nearest = np.array([prompt["nearest_similarity"] for prompt in result["prompts"]])  # [P, S]
+    closest = nearest.ravel(), np.zeros(nearest.size, int), 0
+    fixed = measured(found, asked, generations, training_pictures(found, asked, 16), Quick(), closest)
+    assert fixed["duplicates"]["nearest_memorization_rate"] == (nearest[:4] > 0.7).mean()
+    assert fixed["duplicates"]["nearest_similarity"] == pytest.approx(result["duplicates"]["nearest_similarity"])
+
+
 @pytest.fixture
 def own_folder(folder_copy, tmp_path):
     """The pictures of `folder_copy`, which a test may spoil."""
@@ -294,7 +308,7 @@ def test_dcr_looks_for_the_nearest_by_the_users_network_and_writes_down_its_sum(
         assert prompt["similarity"] == pytest.approx(row[:, own], abs=1e-5)
     figures = result["unknown"]
     assert figures["nearest_similarity_above_0.5"] == (similarity.max(-1) > 0.5).mean()
-    assert figures["nearest_memorization_rate"] == (similarity.max(-1) > result["memorized_above"]).mean()
+    assert "memorization_rate" in figures and "nearest_memorization_rate" not in figures  # the limit is one of pairs
     pairs = (known @ known.T)[np.triu_indices(12, 1)]
     assert result["memorized_above"] == pytest.approx(np.quantile(pairs, 0.999), abs=1e-5)  # of 16 px: not 0.7
     assert "nearest_similarity_above_0.5" in capsys.readouterr().out
