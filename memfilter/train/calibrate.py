@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from accelerate.utils import broadcast_object_list, gather_object
+from accelerate.utils import gather_object
 from tqdm import tqdm
 
 from memfilter.calibration import Calibration
@@ -21,6 +21,7 @@ from memfilter.data.sources import open_data
 from memfilter.filter import MemFilter
 from memfilter.functional import log_gain, noise_factor, squared_error, text_cosine, text_norm
 from memfilter.pipelines import ModelError, weights_digest
+from memfilter.processes import end_processes, from_main
 from memfilter.reference import SIGNALS
 from memfilter.train.checks import WEIGHTS, facts_of_calibration, require_suitable, resolution_of, training_scheduler
 from memfilter.train.engine import make_accelerator
@@ -64,9 +65,7 @@ def calibrate(config: Config, out: Path, keys: int = 300, looks: int = 40, progr
         return SampleDataset(shards, experiment, _InTurn(rows, config.train.seed), View(resolution), len(rows) * looks)
 
     clean = _clean(experiment, keys, config.train.seed)
-    # one process tries for all: a file system may fail one of them
-    tried = list(_tried(dataset_of(clean), keys)) if accelerator.is_main_process else [None, None]
-    chosen, reasons = broadcast_object_list(tried)
+    chosen, reasons = from_main(accelerator.state, lambda: _tried(dataset_of(clean), keys))
     if len(chosen) < keys:
         raise ConfigError(f"calibrate needs {keys} clean samples that can be read, found {len(chosen)} among {len(reasons)} "
                           f"that cannot: {reasons[0]}")  # fmt: skip
@@ -180,7 +179,6 @@ def main(argv: list[str]) -> Path:
         ConfigError: with every setting that is wrong; and like `calibrate`.
     """
     from memfilter.arguments import parse
-    from memfilter.processes import end_processes
 
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     parser.add_argument("--out", type=Path, default=Path("calibration.json"))
