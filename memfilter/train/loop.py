@@ -392,8 +392,8 @@ class Trainer:
         if self.main:
             self.audit.write(rows)
         self.bad_samples.write([facts for found in bad for facts in found])
-        # a filter that makes passes finds it in the next step; without one nobody looks, and after the last step neither
-        if not (all(finite) and math.isfinite(self.window[0])):
+        # a filter that makes passes names the samples, at the step; without one nobody looks, and after the last step neither
+        if not all(finite) or (self.accelerator.sync_gradients and not math.isfinite(self.window[0])):
             left = self.checkpoints.newest() if self.main else None
             raise NonFiniteNorm(f"{'the loss' if all(finite) else 'a gradient'} was NaN or infinite by sample {self.seen}: the "
                                 "weights are broken; lower train.learning_rate, or look at train.mixed_precision and the data"
