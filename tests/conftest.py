@@ -11,8 +11,8 @@ import torch  # noqa: E402
 
 # files that take long, those that compute and those that wait by turns: what begins last is waited for by all
 LONGEST = [
-    "test_sweep", "test_options", "test_launch", "test_average", "test_interruptions", "test_same_update", "test_evidence_ranks",
-    "test_laion_end_to_end", "test_wandb", "test_cache_processes", "test_cache", "test_streaming", "test_hostile", "test_app",
+    "test_sweep", "test_options", "test_launch", "test_average", "test_interruptions", "test_same_update",
+    "test_evidence_ranks", "test_laion_end_to_end", "test_wandb", "test_cache_processes", "test_cache", "test_streaming", "test_hostile", "test_app",
     "test_scenes_base", "test_evidence_run", "test_parity", "test_bad_input", "test_benchmarks", "test_evaluate",
 ]  # fmt: skip
 

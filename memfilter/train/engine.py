@@ -86,11 +86,13 @@ def _use_plain_collectives() -> None:
 
 
 def leave_inputs(plugin) -> None:
-    """Lets FSDP cast weights alone. It would round SDXL's sizes as well, and give back other outputs than the denoiser's, without
-    what the filter has put there; `Objective` and `Engine.for_pipeline` cast what there is to cast, as for DeepSpeed. Gradients
-    are added up over the ranks in fp32, as DDP does."""
+    """Lets FSDP cast weights alone. It would round SDXL's sizes as well, and give back other outputs than the denoiser's,
+    without what the filter has put there; `Objective` and `Engine.for_pipeline` cast what there is to cast, as for DeepSpeed.
+    Gradients are added up over the ranks in fp32, as DDP does."""
     if (policy := plugin.mixed_precision_policy) is not None:
-        plugin.mixed_precision_policy = replace(policy, cast_forward_inputs=False, output_dtype=None, reduce_dtype=torch.float32)
+        plugin.mixed_precision_policy = replace(
+            policy, cast_forward_inputs=False, output_dtype=None, reduce_dtype=torch.float32
+        )
 
 
 def _refusals(config: Config, accelerator: Accelerator) -> Iterator[str]:

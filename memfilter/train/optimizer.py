@@ -70,10 +70,12 @@ def _rules_in_steps(rules: str | None, step_samples: int) -> str | None:
 
 
 class MasterAverage:
-    """The average of the fp32 weights that DeepSpeed's ZeRO-1 and 2 step, as far as a run uses diffusers' EMAModel. The low-precision
-    weights that the device computes with stand still where a step is smaller than their rounding, and so would their average.
+    """The average of the fp32 weights that DeepSpeed's ZeRO-1 and 2 step, as far as a run uses diffusers' EMAModel. The
+    low-precision weights that the device computes with stand still where a step is smaller than their rounding, and so would
+    their average.
 
-    Every rank averages its own shard, with no word to others, and where that is. What gives or takes whole weights every rank calls.
+    Every rank averages its own shard, where that is, with no word to others. What gives or takes whole weights every rank
+    calls.
 
     Args:
         parameters: of the model that DeepSpeed has prepared.
