@@ -123,6 +123,10 @@ def _refusals(config: Config, accelerator: Accelerator) -> Iterator[str]:
             yield f"the DeepSpeed configuration has a section {section!r}: remove it, settings of train.* decide"
     if stage == 0 and train.mixed_precision != "no":
         yield f"train.mixed_precision={train.mixed_precision} under ZeRO-0: use ZeRO-1, or DDP, which is the same as ZeRO-0"
+    sums = settings.get("data_types", {}).get("grad_accum_dtype")
+    if stage == 1 and train.mixed_precision == "bf16" and sums == "fp32":
+        yield ("the DeepSpeed configuration has data_types.grad_accum_dtype=fp32: ZeRO-1 then steps by an optimizer that has no "
+               "place for the filter's factor; use ZeRO-2")  # fmt: skip
     if stage == 3:
         if train.ema_half_life:
             yield ("train.ema_half_life: an average of weights that ZeRO-3 shards would be whole on every device; "

@@ -44,6 +44,19 @@ def test_average_of_weights_that_fsdp_shards_is_refused():
     assert not list(_refusals(config, launch))
 
 
+@pytest.mark.parametrize(("stage", "precision", "refused"), [(1, "bf16", 1), (2, "bf16", 0), (1, "no", 0)])
+def test_sums_in_fp32_that_take_zero_1_to_another_optimizer_are_refused(stage, precision, refused):
+    plugin = SimpleNamespace(zero_stage=stage, deepspeed_config={"data_types": {"grad_accum_dtype": "fp32"}})
+    launch = SimpleNamespace(
+        distributed_type=DistributedType.DEEPSPEED, deepspeed_plugin=plugin, device=torch.device("cuda")
+    )
+    config = Config()
+    config.train.mixed_precision = precision
+    assert [line.partition(": ")[0] for line in _refusals(config, launch)] == [
+        "the DeepSpeed configuration has data_types.grad_accum_dtype=fp32"
+    ] * refused
+
+
 def test_fp16_under_deepspeed_on_cpus_is_refused(settings):
     told = errors(launching.run([*settings, "--train.mixed_precision=fp16"], 1, "zero2", code=1))
     assert told == ["train.mixed_precision=fp16: DeepSpeed has no fp16 on CPUs; use bf16 or no"]
