@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Fine-tunes the embedded model twice, without a filter and with evidence, and writes runs/quickstart/report.html.
-# Repeating the command goes on where it stopped; remove runs/quickstart to begin anew. Data and training settings are those of
-# configs/quickstart.yaml; filter and run_dir are set here.
+# Repeating the command goes on from the last checkpoint; remove runs/quickstart to begin anew. Data and training settings
+# are those of configs/quickstart.yaml; filter, run_dir and checkpoints are set here.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source launch/environment.sh

@@ -102,13 +102,18 @@ def test_what_is_swept_beside_the_method_is_part_of_the_setting(tmp_path):
         read_sweep(written(tmp_path / "sweep.yaml", parameters=parameters | {"filter.tau": {"value": None}}))
 
 
+def finish(point):
+    """Leaves in the run's directory what a finished and evaluated run has, as far as a sweep asks for it."""
+    (run := Path(point.config.run_dir)).mkdir(parents=True, exist_ok=True)
+    (run / "summary.json").write_text('{"cpu_seconds": 1.0}')
+    (run / "evaluation.json").write_text("{}")
+
+
 def test_rows_of_an_earlier_call_stay_in_the_table_of_one_that_is_stopped(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     points = read_sweep(written(tmp_path / "sweep.yaml"))
     for point in points:
-        (run := Path(point.config.run_dir)).mkdir(parents=True)
-        (run / "summary.json").write_text('{"cpu_seconds": 1.0}')
-        (run / "evaluation.json").write_text("{}")
+        finish(point)
 
     def make(self, point, children):
         if point is points[-1]:
@@ -159,9 +164,7 @@ def test_table_that_is_all_that_is_left_of_other_runs_is_not_written_over(tmp_pa
 
     def make(self, point, children):
         made.append(point)
-        (run := Path(point.config.run_dir)).mkdir(parents=True, exist_ok=True)
-        (run / "summary.json").write_text('{"cpu_seconds": 1.0}')
-        (run / "evaluation.json").write_text("{}")
+        finish(point)
 
     monkeypatch.setattr(Sweep, "_make", make)
     table = tmp_path / "out" / "results.csv"
@@ -180,9 +183,7 @@ def test_rows_that_are_kept_were_evaluated_alike(tmp_path, monkeypatch):
     points = read_sweep(written(tmp_path / "sweep.yaml"))
 
     def make(self, point, children):
-        (run := Path(point.config.run_dir)).mkdir(parents=True, exist_ok=True)
-        (run / "summary.json").write_text('{"cpu_seconds": 1.0}')
-        (run / "evaluation.json").write_text("{}")
+        finish(point)
 
     monkeypatch.setattr(Sweep, "_make", make)
     table = tmp_path / "out" / "results.csv"
@@ -207,9 +208,7 @@ def test_run_that_fails_has_no_row_of_an_earlier_call(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     points = read_sweep(written(tmp_path / "sweep.yaml"))
     for point in points:
-        (run := Path(point.config.run_dir)).mkdir(parents=True)
-        (run / "summary.json").write_text('{"cpu_seconds": 1.0}')
-        (run / "evaluation.json").write_text("{}")
+        finish(point)
     table, failing = tmp_path / "out" / "results.csv", []
     monkeypatch.setattr(Sweep, "_make", lambda self, point, children: Path("log") if point in failing else None)
     Sweep(points, tmp_path / "out").run(progress=False)

@@ -166,20 +166,19 @@ class Engine:
     def __init__(self, accelerator: Accelerator, wrapped: nn.Module, optimizer, max_grad_norm: float):
         self.accelerator, self.max_grad_norm = accelerator, max_grad_norm
         self.deepspeed = accelerator.distributed_type == DistributedType.DEEPSPEED
-        exact = [p.detach().cpu().float().clone() for p in wrapped.parameters() if p.requires_grad] if self.deepspeed else []
+        low = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(accelerator.mixed_precision)
+        exact = [p.detach().cpu().clone() for p in wrapped.parameters() if p.requires_grad] if self.deepspeed and low else []
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "`broadcast_buffers`", FutureWarning)  # of older torch it is the only name
             self.model, self.optimizer = accelerator.prepare(wrapped, optimizer)
         self.trained = [p for p in self.model.parameters() if p.requires_grad]
-        if self.deepspeed and self.model.zero_optimization_stage():
+        if exact:
             # ZeRO makes the fp32 weights that it steps of those that it has cast, which would round what was loaded
             from deepspeed.utils import safe_set_full_fp32_param
 
             for parameter, value in zip(self.trained, exact, strict=True):
                 safe_set_full_fp32_param(parameter, value)
-        del exact
         # DeepSpeed and FSDP cast the weights and leave the inputs
-        low = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(accelerator.mixed_precision)
         self.casts_weights = accelerator.distributed_type in SHARDED
         self.input_dtype = low if self.casts_weights else None
         self.finite = torch.ones((), dtype=torch.bool, device=accelerator.device)  # whether all gradients so far were

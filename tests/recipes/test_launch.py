@@ -286,6 +286,7 @@ def fsdp_in_bf16(environment):
     plugin = FullyShardedDataParallelPlugin()
     plugin.set_mixed_precision("bf16")
     engine.leave_inputs(plugin)
+    assert plugin.mixed_precision_policy.reduce_dtype == torch.float32
     accelerator = SimpleNamespace(state=SimpleNamespace(fsdp_plugin=plugin), mixed_precision="bf16", is_main_process=False)
     unet, seen = UNet2DConditionModel(**tiny.UNET), []
     mem_filter = MemFilter(tau=float("inf"))
