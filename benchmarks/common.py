@@ -23,10 +23,11 @@ from memfilter.files import atomic
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "docs" / "results"
-
+LIMITS = (ROOT / "memfilter" / "assets" / "limits.json").read_bytes()  # from where on a scene is a copy
 
 # of processes that benchmarks start: one thread, this project, no network
-ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
+ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1",
+                            "PYTHONPATH": os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))}  # fmt: skip
 
 
 def parser(
@@ -67,7 +68,8 @@ def kept(table: Path, recipe: str) -> list[dict]:
     """Rows that an earlier call by the same recipe left in a table, their numbers as numbers; none where there is no table."""
     if not table.exists():
         return []
-    found = pd.read_csv(table, keep_default_na=False, dtype={"recipe": str})  # else one without letters is a number
+    # text may be empty, numbers may be missing; a recipe without letters is no number
+    found = pd.read_csv(table, keep_default_na=False, na_values=["nan"], dtype={"recipe": str})
     return found[found["recipe"] == recipe].to_dict("records") if "recipe" in found else []
 
 
@@ -109,9 +111,13 @@ def recipe(config: str, *facts) -> str:
     return digest.hexdigest()[:12]
 
 
-def code_of(module: str) -> bytes:
-    """What a module of memfilter does, such as inference/calls: its syntax tree without docstrings."""
-    tree = ast.parse((ROOT / "memfilter" / f"{module}.py").read_text())
+def code_of(module: str, *names: str) -> bytes:
+    """What a module does, such as memfilter/inference/calls: its syntax tree without docstrings; of these functions and classes
+    alone, if any are named."""
+    tree = ast.parse((ROOT / f"{module}.py").read_text())
+    if names:
+        tree.body = [node for node in tree.body if getattr(node, "name", None) in names]
+        assert len(tree.body) == len(names), f"{module} has not all of {', '.join(names)}"
     for node in ast.walk(tree):
         body = getattr(node, "body", None)
         if isinstance(body, list) and body and isinstance(body[0], ast.Expr) and isinstance(body[0].value, ast.Constant):

@@ -13,7 +13,7 @@ was not (auc_seen and auc_unseen are against either half). No negative is a capt
 caption of the run.
 
 Every method scores the same generations, in 50 steps as in the paper, from other noise than that by which copying is verified (in
-20 steps): after the first step, the first 10, and all. A method that compares pictures goes by those that the last of these steps
+20 steps): by the first step, the first 10, and all. A method that compares pictures goes by those that the last of these steps
 predicts. density_l2 is by tiles, density_sscd by SSCD in 8 bits, whose figures at 32 px mean little and whose order is what counts;
 loss is of the pictures under fresh noise. anisotropy weighs its norm and its cosine by their spread among 60 more clean prompts, in
 means over as many generations, at most four; at the first step the cosine is that of the same pure noise at the sampler's
@@ -33,22 +33,30 @@ import argparse
 import itertools
 import json
 import time
-from collections import defaultdict
 from pathlib import Path
 
 import numpy as np
-from common import call, code_of, complete, half_width, kept, mean, parser, recipe, write_csv, write_json, write_text
+from common import LIMITS, call, code_of, complete, half_width, kept, mean, parser, recipe, write_csv, write_json, write_text
 
 SEEDS = (401, 402, 403)  # nothing was chosen by looking at them
 STEPS, GUIDANCE = 20, 4.0  # of the verification, as `memfilter evaluate` has it
-RECIPE = recipe("quickstart.yaml", STEPS, GUIDANCE)
+RECIPE = recipe("quickstart.yaml", STEPS, GUIDANCE, LIMITS)
 SCORED = 50  # steps of what is scored
 BY = {"1": 1, "10": 10, "all": None}  # steps that a score goes by
 NEGATIVE, OF_MANY, MANY, OTHERS = 500, 30, 32, 60
-MEASURED = ("density_l2", "density_copies", "loss")
+NUMBER, BATCH = 1000, 16  # a prompt's number decides its noise, which shall not be that by which copying was verified
 RIVALS = ("density_l2", "density_sscd", "anisotropy", "loss")
-CODE = [f"inference/{name}" for name in ("calls", "detection", "rivals", "watching")] + ["functional"]
-MADE_BY = recipe("quickstart.yaml", RECIPE, SCORED, BY, NEGATIVE, OF_MANY, MANY, OTHERS, RIVALS, *map(code_of, CODE))
+CODE = [f"memfilter/{name}" for name in (
+    "inference/calls", "inference/rivals", "inference/watching", "eval/generate", "eval/sscd", "eval/classifier", "functional",
+)]  # fmt: skip
+OWN = ("verified", "late_cosine", "generated", "measured", "scores", "captions", "job")
+MADE_BY = recipe("quickstart.yaml", RECIPE, SCORED, BY, NEGATIVE, OF_MANY, MANY, OTHERS, RIVALS, NUMBER, BATCH, *map(code_of, CODE),
+                 code_of("benchmarks/detection", *OWN))  # fmt: skip
+NOTES = (
+    f"n = {MANY}, and the rows beside it, are against {OF_MANY} negatives: TPR at 1% FPR is there what is found without any false alarm. "
+    "A density compares pictures, and has no row at n = 1. The anisotropy's cosine is at the first step that of the first noise at the "
+    "sampler's third-last timestep, a mean over places; at more steps it is that of the whole prediction at the last of them."
+)
 COLUMNS = ["method", "steps", "n", "seed", "auc", "tpr_at_1pct_fpr", "seconds", "auc_seen", "auc_unseen", "positive", "negative",
            "recipe"]  # fmt: skip
 
@@ -73,82 +81,97 @@ def verified(run: Path) -> list[str]:
     return [p["caption"] for p in evaluation["prompts"] if p["duplicate"] and max(p["similarity"]) > limit]
 
 
-class Scores:
-    """Of some prompts by one number of steps: everything that is scored, for any number of generations up to ``n``.
-
-    Args:
-        steps: of `BY`.
-        parts: where what is measured is kept.
-        clean: the same of clean prompts; None for these.
-    """
-
-    def __init__(self, pipeline, prompts: list[str], n: int, steps: str, measure, parts, clean: Scores | None = None):
-        from memfilter.inference import Sampling, measure_prompts
-
-        self.steps, self.clean = steps, clean
-        rivals = MEASURED if clean else ()  # of clean prompts the anisotropy's spread is all that is asked
-        settings = {"until": BY[steps], "measure": measure, "progress": False}
-        sampling = Sampling(n, SCORED, GUIDANCE)
-        if steps != "1":
-            rivals += ("anisotropy",)
-        self.signals = measure_prompts(pipeline, prompts, sampling, rivals=rivals, parts=parts, **settings)
-        # [P, n]
-        self.cosines = noise_cosines(pipeline, prompts, sampling) if steps == "1" else self.signals.raw["anisotropy"][..., -1]
-
-    def anisotropy(self, n: int) -> np.ndarray:
-        """[P]"""
-        own, clean = self._terms(n), self.clean._terms(min(n, self.clean.cosines.shape[1]))
-        return sum(value / spread.std() for value, spread in zip(own, clean, strict=True))
-
-    def _terms(self, n: int) -> tuple[np.ndarray, np.ndarray]:
-        return self.signals.norms[:, :n, 0].mean(1), self.cosines[:, :n].mean(1)
-
-    def of(self, n: int) -> dict[str, np.ndarray]:
-        """Method -> score of every prompt, [P]."""
-        found = {"norm": self.signals.metric(seeds=n), "loss": self.signals.rival("loss", n), "anisotropy": self.anisotropy(n)}
-        if n > 1:
-            found |= {"density_l2": self.signals.rival("density_l2", n), "density_sscd": self.signals.rival("density_copies", n)}
-        return found
-
-    def raw(self) -> dict[str, np.ndarray]:
-        """All that scores are made of, [P, n, ...] each."""
-        return {"norms": self.signals.norms, "cosines": self.cosines} | {name: self.signals.raw[name] for name in self.signals.raw}
-
-
-def noise_cosines(pipeline, prompts: list[str], sampling) -> np.ndarray:
+def late_cosine(pipeline, call) -> np.ndarray:
     """Cosine between text-conditional and null prediction of the first step's noise at the sampler's third-last timestep, mean over
-    places, as in the code of Asthana and Belagiannis (ICLR 2026). [P, seeds]"""
+    places, as in the code of Asthana and Belagiannis (ICLR 2026). [B]"""
     import torch
 
-    from memfilter.eval.generate import arguments_of
-    from memfilter.inference.calls import first_calls
-    from memfilter.inference.detection import jobs_of
+    late = pipeline.scheduler.timesteps[-3]
+    with torch.no_grad():
+        cond, null = (pipeline.unet(call.sample, late, **half | {"return_dict": False})[0] for half in (call.cond, call.null))
+    return torch.cosine_similarity(cond - null, null, dim=1).mean((1, 2)).float().cpu().numpy()
 
-    found = []
-    for number, prompt in enumerate(prompts):
-        for jobs in jobs_of(number, prompt, sampling.seeds, 16):
-            call = first_calls(pipeline, 1, **arguments_of(jobs, sampling.steps, sampling.guidance_scale, sampling.size))[0]
-            late = pipeline.scheduler.timesteps[-3]
-            with torch.no_grad():
-                cond, null = (pipeline.unet(call.sample, late, **half | {"return_dict": False})[0]
-                              for half in (call.cond, call.null))  # fmt: skip
-            found.append(torch.cosine_similarity(cond - null, null, dim=1).mean((1, 2)).float().cpu().numpy())
-    return np.concatenate(found).reshape(len(prompts), sampling.seeds)
+
+def generated(pipeline, jobs: list, rivals: bool) -> dict[str, np.ndarray]:
+    """All that scores of B pictures are made of, [B, ...] each, read off whole generations, at the steps of `BY`."""
+    from memfilter.eval.generate import generate_batch
+    from memfilter.inference.calls import hooked
+    from memfilter.inference.detection import named
+    from memfilter.inference.rivals import decoded, own_loss
+    from memfilter.inference.watching import watch
+
+    calls: list = []
+    with named(jobs), watch(pipeline, cosine=True) as seen, hooked(pipeline, lambda _, call: calls.append(call)):
+        pictures = generate_batch(pipeline, jobs, SCORED, GUIDANCE)
+        found = {"norms": seen.norms.numpy(), "cosines": seen.cosines.numpy()}
+    found["late"] = late_cosine(pipeline, calls[0])
+    for steps, until in BY.items() if rivals else ():
+        call = calls[(until or SCORED) - 1]
+        speaks_of = decoded(pipeline, call.predicted_x0(pipeline.scheduler, GUIDANCE)) if until else pictures
+        found |= {f"pictures {steps}": speaks_of, f"loss {steps}": own_loss(pipeline, jobs, speaks_of, call)}
+    return found
+
+
+def measured(pipeline, prompts: dict[int, str], n: int, measure, parts) -> dict[str, np.ndarray]:
+    """The same of n generations of every prompt, [P, n, ...], and how far apart its pictures are, [P, n, n].
+
+    Args:
+        prompts: by the number that decides their noise.
+        measure: SSCD; None where the anisotropy is all that is asked.
+    """
+    from memfilter.eval.generate import Job
+    from memfilter.inference.rivals import distances, tiled_distance
+
+    numbers, together = [*prompts], max(1, BATCH // n)
+    groups = [numbers[start : start + together] for start in range(0, len(numbers), together)]
+
+    def work(place: int) -> dict[str, np.ndarray]:
+        jobs = [Job(number, prompts[number], seed) for number in groups[place] for seed in range(n)]
+        batches = [generated(pipeline, jobs[start : start + BATCH], measure is not None) for start in range(0, len(jobs), BATCH)]
+        found = {name: np.concatenate([batch[name] for batch in batches]) for name in batches[0]}
+        found = {name: values.reshape(len(groups[place]), n, *values.shape[1:]) for name, values in found.items()}
+        for steps in BY if measure else ():
+            pictures = found.pop(f"pictures {steps}")
+            found[f"density_l2 {steps}"] = distances(pictures, tiled_distance)
+            found[f"density_sscd {steps}"] = distances(measure.seen(pictures), lambda a, b: 1 - measure.similarity_seen(a, b))
+        return found
+
+    results = parts.run(len(groups), work, progress=False)
+    return {name: np.concatenate([result[name] for result in results]) for name in results[0]}
+
+
+def scores(raw: dict[str, np.ndarray], clean: dict[str, np.ndarray], steps: str, n: int) -> dict[str, np.ndarray]:
+    """Method -> score of every prompt by n generations and these steps, [P]; larger speaks of memorization."""
+    from memfilter.inference.rivals import anisotropy, density
+
+    def parts(of: dict[str, np.ndarray], n: int) -> tuple[np.ndarray, np.ndarray]:
+        cosines = of["late"] if steps == "1" else of["cosines"][..., (BY[steps] or SCORED) - 1]
+        return of["norms"][:, :n, 0].mean(1), cosines[:, :n].mean(1)
+
+    spread = tuple(part.std() for part in parts(clean, min(n, clean["late"].shape[1])))
+    found = {"norm": raw["norms"][:, :n, : BY[steps]].mean((1, 2)), "loss": -raw[f"loss {steps}"][:, :n].mean(1),
+             "anisotropy": anisotropy(*parts(raw, n), spread)}  # fmt: skip
+    if n > 1:
+        found |= {name: density(raw[f"{name} {steps}"][:, :n, :n]) for name in ("density_l2", "density_sscd")}
+    return found
 
 
 def captions(run: Path, seed: int) -> tuple[list[str], list[str]]:
-    """Negative ones, by turns of the run's own samples and of scenes that nobody has seen, and others for the spread."""
+    """Negative ones, by turns of the run's own samples and of scenes that nobody has seen, and others for the spread; all differ."""
     from memfilter.data import scenes
     from memfilter.eval.runs import FinishedRun
 
     trained = FinishedRun(run)
     shown = trained.prompts(len(trained.experiment.keys))
     known, copied = {prompt.text for prompt in shown}, {prompt.text for prompt in shown if prompt.duplicate}
-    seen = [prompt.text for prompt in shown if prompt.text not in copied][: NEGATIVE // 2]
+    seen = list(dict.fromkeys(prompt.text for prompt in shown if prompt.text not in copied))[: NEGATIVE // 2]
 
     def new(specific: int):
-        drawn = (scenes.draw(seed, scenes.CLEAN, i, specific=specific).caption for i in itertools.count(specific, 2))
-        return (caption for caption in drawn if caption not in known)
+        for i in itertools.count(specific, 2):
+            caption = scenes.draw(seed, scenes.CLEAN, i, specific=specific).caption
+            if caption not in known:
+                known.add(caption)
+                yield caption
 
     # by turns, or most would have a number: of captions without one there are not so many that a run lacks
     pairs = zip(new(0), new(1), strict=False)
@@ -174,29 +197,32 @@ def job(work: Path, seed: int) -> None:
     if not positive:
         raise SystemExit(f"{run} has memorized nothing: there is nothing to detect")
     negative, others = captions(run, seed)
-    rows, raw, state, facts = [], {}, processes(), Sampling(4, SCORED, GUIDANCE).facts(pipeline)
+    state, facts = processes(), Sampling(4, SCORED, GUIDANCE).facts(pipeline)
 
-    def scored(name: str, prompts: list[str], n: int, steps: str, clean: Scores | None) -> Scores:
-        parts = Parts(work / "parts", f"{name}{seed}-{n}-{steps}", facts | {"prompts": prompts, "by": MADE_BY}, state)
-        return Scores(pipeline, prompts, n, steps, measure, parts, clean)
+    def of(name: str, prompts: dict[int, str], n: int, measure) -> dict[str, np.ndarray]:
+        parts = Parts(work / "parts", f"{name}{seed}", facts | {"prompts": prompts, "n": n, "by": MADE_BY}, state)
+        return measured(pipeline, prompts, n, measure, parts)
 
-    for steps in BY:
-        clean = scored("clean", others, 4, steps, None)
-        for n, count in ((4, NEGATIVE), (MANY, OF_MANY)):
-            # a prompt's place decides its noise: that of the positives is not that of the evaluation
-            prompts = negative[:count] + positive
-            scores = scored("all", prompts, n, steps, clean)
-            label, place = np.arange(len(prompts)) >= count, np.arange(len(prompts)) % 2
-            raw |= {f"{steps}-{n}-{name}": values for name, values in ({"label": label} | scores.raw()).items()}
-            for shown in (1, 4) if n == 4 else (1, 4, n):
-                for method, score in scores.of(shown).items():
-                    made = quality(label, score)
-                    seen, unseen = (quality(label[half], score[half])["auc"] for half in (label | (place == 0), label | (place == 1)))
-                    rows.append({"method": method, "steps": steps, "n": shown, "seed": seed, "auc": made["auc"],
-                                 "tpr_at_1pct_fpr": made["tpr_at_1pct_fpr"], "auc_seen": seen, "auc_unseen": unseen,
-                                 "positive": int(label.sum()), "negative": int((~label).sum())})  # fmt: skip
+    prompts, count = negative[:OF_MANY] + positive + negative[OF_MANY:], OF_MANY + len(positive)
+    label, seen = (np.arange(len(prompts)) >= OF_MANY) & (np.arange(len(prompts)) < count), np.zeros(len(prompts), bool)
+    seen[~label] = np.arange(NEGATIVE) % 2 == 0  # by turns
+    numbered = [*enumerate(prompts, NUMBER)]
+    many, few = of("many", dict(numbered[:count]), MANY, measure), of("few", dict(numbered[count:]), 4, measure)
+    clean = of("clean", dict(enumerate(others)), 4, None)
+    all_of_4 = {name: np.concatenate([values[:, :4, :4] if name.startswith("density") else values[:, :4], few[name]])
+                for name, values in many.items()}  # fmt: skip
+    rows = []
+    for steps, (raw, chosen, shown) in itertools.product(BY, ((all_of_4, label, (1, 4)), (many, label[:count], (1, 4, MANY)))):
+        halves = [chosen | of_half[: len(chosen)] for of_half in (seen, ~seen)]
+        for n in shown:
+            for method, score in scores(raw, clean, steps, n).items():
+                made = quality(chosen, score)
+                auc_seen, auc_unseen = (quality(chosen[half], score[half])["auc"] for half in halves)
+                rows.append({"method": method, "steps": steps, "n": n, "seed": seed, "auc": made["auc"],
+                             "tpr_at_1pct_fpr": made["tpr_at_1pct_fpr"], "auc_seen": auc_seen, "auc_unseen": auc_unseen,
+                             "positive": int(chosen.sum()), "negative": int((~chosen).sum())})  # fmt: skip
     with atomic(work / f"scores-{seed}-{MADE_BY}.npz") as partial, partial.open("wb") as file:
-        np.savez(file, **raw)
+        np.savez(file, label=label, **{f"{name}, n={n}": values for n, raw in ((4, all_of_4), (MANY, many)) for name, values in raw.items()})
     cost = seconds(pipeline, negative[:4], measure)
     for row in rows:
         row["seconds"] = cost[row["method"], row["steps"]] * row["n"]
@@ -204,24 +230,34 @@ def job(work: Path, seed: int) -> None:
 
 
 def seconds(pipeline, prompts: list[str], measure, repeats: int = 3) -> dict[tuple[str, str], float]:
-    """CPU seconds of one generation, the least of some batches; other processes share the machine. What looks at no picture has
-    none decoded."""
+    """CPU seconds of one generation, the least of some batches; other processes share the machine. What a method takes beside the
+    steps is measured at the first of them; what looks at no picture has none decoded."""
+    from memfilter.eval.generate import Job, arguments_of
     from memfilter.inference import Sampling, measure_prompts
+    from memfilter.inference.calls import first_calls
 
-    sampling = Sampling(4, SCORED, GUIDANCE)
-    found: dict[tuple[str, str], list[float]] = defaultdict(list)
-    for _ in range(repeats):
-        for steps, until in BY.items():
-            for name, rivals in (("norm", ()), ("density_l2", ("density_l2",)), ("density_sscd", ("density_copies",)),
-                                 ("loss", ("loss",)), ("anisotropy", ("anisotropy",))):  # fmt: skip
-                began = time.process_time()
-                if (name, steps) == ("anisotropy", "1"):  # makes the first step too
-                    noise_cosines(pipeline, prompts, sampling)
-                else:
-                    calls = until or (SCORED if name in ("norm", "anisotropy") else None)
-                    measure_prompts(pipeline, prompts, sampling, rivals=rivals, measure=measure, until=calls, progress=False)
-                found[name, steps].append((time.process_time() - began) / (len(prompts) * sampling.seeds))
-    return {name: min(times) for name, times in found.items()}
+    jobs = [Job(number, prompt, seed) for number, prompt in enumerate(prompts) for seed in range(4)]
+
+    def least(work, *args, **settings) -> float:
+        times = []
+        for _ in range(repeats):
+            began = time.process_time()
+            work(*args, **settings)
+            times.append(time.process_time() - began)
+        return min(times) / len(jobs)
+
+    def made(until: int, *rivals: str) -> float:
+        sampling = Sampling(4, SCORED, GUIDANCE)
+        return least(measure_prompts, pipeline, prompts, sampling, rivals=rivals, measure=measure, until=until, progress=False)
+
+    whole = {steps: made(until or SCORED) for steps, until in BY.items()}
+    own = {"norm": 0.0, "anisotropy": 0.0}
+    for name, rival in (("density_l2", "density_l2"), ("density_sscd", "density_copies"), ("loss", "loss")):
+        own[name] = max(0.0, made(1, rival) - whole["1"])
+    found = {(name, steps): seconds + more for name, more in own.items() for steps, seconds in whole.items()}
+    call = first_calls(pipeline, 1, **arguments_of(jobs, SCORED, GUIDANCE, None))[0]
+    found["anisotropy", "1"] += least(late_cosine, pipeline, call)
+    return found
 
 
 def table(rows: list[dict]) -> str:
@@ -233,7 +269,7 @@ def table(rows: list[dict]) -> str:
         chosen = [row for row in rows if tuple(row[name] for name in names) == key]
         cells = [mean(row[name] for row in chosen) for name in figures]
         seconds = np.mean([row["seconds"] for row in chosen])
-        lines.append(f"| {' | '.join(map(str, key))} | {len(chosen)} | {' | '.join(cells)} | {seconds:.2f} |")
+        lines.append(f"| {' | '.join(map(str, key))} | {len(chosen)} | {' | '.join(cells)} | {seconds:.3f} |")
     return "\n".join(lines)
 
 
@@ -290,7 +326,7 @@ def main() -> None:
 
     complete(rows, args.seeds, make, save, args.processes)
     models = len({row["seed"] for row in rows})
-    text = f"`python benchmarks/detection.py`: {models} models. Means ± half of the 95% interval.\n\n{table(rows)}\n\n"
+    text = f"`python benchmarks/detection.py`: {models} models. Means ± half of the 95% interval.\n\n{NOTES}\n\n{table(rows)}\n\n"
     text += "Norm less other methods, paired by model:\n\n" + "\n".join(order(rows))
     write_text(args.out / "detection.md", text)
     print(text)

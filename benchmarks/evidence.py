@@ -83,7 +83,7 @@ def recipe(scenario: str, method: tuple[str, str]) -> str:
     if method[0] in ("evidence", "timestep"):
         assets.append(ROOT / "memfilter" / "assets" / "scenes-base" / "calibration.json")
         for module in ("evidence", "keys", "reference", "calibration"):
-            digest.update(code_of(module))
+            digest.update(code_of(f"memfilter/{module}"))
     for path in assets:
         digest.update(path.read_bytes())
     return digest.hexdigest()[:12]

@@ -28,7 +28,7 @@ from collections import Counter, defaultdict
 from pathlib import Path
 
 import numpy as np
-from common import call, code_of, complete, kept, parser, recipe, write_csv, write_json, write_text
+from common import LIMITS, call, code_of, complete, kept, parser, recipe, write_csv, write_json, write_text
 
 SEEDS = (411, 412, 413)  # nothing was chosen by looking at them
 DUPLICATES, KEYS, REPEATS, OTHERS, PLANTED = 10, 140, 12, 4000, 3
@@ -38,8 +38,11 @@ FORM = "a poster on a background"
 STEPS, GUIDANCE = 20, 4.0
 EARLY = range(5)  # chosen on a model of another seed; the paper takes all steps
 RECIPE = recipe("quickstart.yaml", DUPLICATES, KEYS, REPEATS, OTHERS, PLANTED, POOL, FORM, STEPS, GUIDANCE, EARLY)
-CODE = [f"inference/{name}" for name in ("calls", "significance", "watching")] + ["functional"]
-MADE_BY = recipe("quickstart.yaml", RECIPE, ASKED, PAIRS, *map(code_of, CODE))
+CODE = [f"memfilter/{name}" for name in (
+    "inference/calls", "inference/generating", "inference/significance", "eval/generate", "eval/copies", "functional",
+)]  # fmt: skip
+OWN = ("words", "planted", "prepare", "job")
+MADE_BY = recipe("quickstart.yaml", RECIPE, ASKED, PAIRS, LIMITS, *map(code_of, CODE), code_of("benchmarks/significance", *OWN))
 COLUMNS = ["seed", "prompt", "trigger", "memorized", "ablated_copies", "top", "top_all_steps", "top_planted", "longest", "rarest",
            "words", "plain", "without_top_2", "without_2_others", "recipe"]  # fmt: skip
 
@@ -155,7 +158,8 @@ def job(work: Path, seed: int) -> None:
 def table(rows: list[dict]) -> str:
     """How often each rule finds the trigger, and what dropping does."""
     asked = [row for row in rows if row["memorized"] and not row["ablated_copies"]]
-    lines = [f"{len(asked)} of {len(rows)} prompts are memorized by a known trigger.", "", "| rule | finds the trigger |", "|---|---|"]
+    lines = [f"{len(asked)} of {len(rows)} prompts are memorized by a known trigger.", "",
+             "| rule | finds the trigger | of each model |", "|---|---|---|"]  # fmt: skip
     if not asked:
         return lines[0]
     rng, groups = np.random.default_rng(0), defaultdict(lambda: defaultdict(list))
@@ -176,13 +180,19 @@ def table(rows: list[dict]) -> str:
         low, high = np.quantile([values[places].mean() for places in draws], [0.025, 0.975])
         return f"{values.mean():.3f} ({low:.3f} to {high:.3f})"
 
+    def alone(values: np.ndarray) -> str:
+        """Of each model."""
+        return ", ".join(f"{values[[p for prompts in of_model.values() for p in prompts]].mean():.2f}" for of_model in groups.values())
+
     for rule in ("top", "top_all_steps", "top_planted", "longest", "rarest"):
-        lines.append(f"| {rule.replace('_', ' ')} | {interval(np.array([float(row[rule] == row['trigger']) for row in asked]))} |")
-    lines.append(f"| chance among all words | {np.mean([1 / row['words'] for row in asked]):.3f} |")
-    lines.append(f"| chance among those planted | {1 / PLANTED:.3f} |")
+        found = np.array([float(row[rule] == row["trigger"]) for row in asked])
+        lines.append(f"| {rule.replace('_', ' ')} | {interval(found)} | {alone(found)} |")
+    lines.append(f"| chance among all words | {np.mean([1 / row['words'] for row in asked]):.3f} | |")
+    lines.append(f"| chance among those planted | {1 / PLANTED:.3f} | |")
     top, others = (np.array([row["plain"] - row[name] for row in asked]) for name in ("without_top_2", "without_2_others"))
     lines += ["", f"Copy similarity falls by {interval(top)} without the two words of highest score, by {interval(others)} without "
-              f"two others; difference {interval(top - others)}."]  # fmt: skip
+              f"two others; difference {interval(top - others)}, of each model {alone(top - others)}. Intervals by bootstrap over few "
+              "models are narrower than by Student's t."]  # fmt: skip
     return "\n".join(lines)
 
 

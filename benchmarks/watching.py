@@ -5,7 +5,7 @@
 For DDIM, DPM-Solver++ and Euler: generations of 10 steps in blocks of four, plain and watched in turn and then the other way
 round, and the median of the blocks' ratios with a 95% interval (bootstrap over blocks). The pictures are compared bit by bit. The
 model is tiny: what watching adds to a step is the same for a large one, beside whose steps it is nothing. The table goes to
-docs/results/watching.md; exit code 1 if a picture differs or the interval reaches above 1.02. A quarter of an hour.
+docs/results/watching.md; exit code 1 if a picture differs or the interval reaches above 1.02. Some ten minutes.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def blocks(pipeline, count: int) -> tuple[np.ndarray, bool]:
 
 def main() -> int:
     options = parser(__doc__, processes=False)
-    options.add_argument("--blocks", type=int, default=400)
+    options.add_argument("--blocks", type=int, default=150)
     args = options.parse_args()
     import diffusers
     import torch

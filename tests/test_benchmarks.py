@@ -7,9 +7,15 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+import tiny
 from scipy import stats
 
 from memfilter.eval import results
+from memfilter.eval.copies import PIXELS
+from memfilter.eval.parts import Parts
+from memfilter.inference import Sampling, measure_prompts
+from memfilter.pipelines import load_pipeline
+from memfilter.processes import processes
 from memfilter.sweep import read_sweep
 
 BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
@@ -53,6 +59,16 @@ def test_seeds_of_the_same_recipe_in_the_table_are_not_made_again(benchmark, tmp
     assert call((1, 2)) == make(1) + make(2)
     assert asked == [1, 2, 1, 2]  # the last two by the line above
     assert common.kept(table, "y") == [] == common.kept(tmp_path / "none.csv", "y")
+    common.write_csv(table, columns, [row | {"rate": rate} for row, rate in zip(make(1) + make(2), (0.5, float("nan")), strict=True)])
+    assert [row["rate"] for row in common.kept(table, "123456789012")] == [0.5, pytest.approx(float("nan"), nan_ok=True)]
+
+
+def test_recipe_names_the_code_of_the_functions_that_are_asked_for(benchmark):
+    common = benchmark("common")
+    whole, one = common.code_of("benchmarks/watching"), common.code_of("benchmarks/watching", "blocks")
+    assert 0 < len(one) < len(whole)
+    with pytest.raises(AssertionError, match="has not all of"):
+        common.code_of("benchmarks/watching", "block")
 
 
 # ---- of evidence
@@ -342,7 +358,42 @@ def test_detection_says_where_the_norm_is_behind_a_density(benchmark):
     assert f"| 500 | 4 | all | density_l2 | {module.mean([0.1, 0.1])} | {module.mean([-0.05, -0.05])} |" in lines
 
 
+def test_detection_reads_off_whole_generations_what_the_package_measures_step_by_step(benchmark, tmp_path, monkeypatch):
+    module = benchmark("detection")
+    monkeypatch.setattr(module, "SCORED", 5)
+    monkeypatch.setattr(module, "BY", {"1": 1, "3": 3, "all": None})
+    monkeypatch.setattr(module, "BATCH", 6)  # one that a prompt's pictures do not fill, and prompts that do not fill a group
+    pipeline = load_pipeline(str(tiny.save_pipeline(tmp_path / "sd1", "sd1")))
+    pipeline.set_progress_bar_config(disable=True)
+    prompts, sampling = ["a cat", "a red dog", "a house"], Sampling(3, 5, module.GUIDANCE)
+
+    def made(name: str, n: int, prompts: list[str], measure) -> dict[str, np.ndarray]:
+        parts = Parts(tmp_path, name, {"n": n}, processes())
+        return module.measured(pipeline, dict(enumerate(prompts)), n, measure, parts)
+
+    raw, clean = made("all", 3, prompts, PIXELS), made("clean", 3, prompts[::-1], None)
+    for steps, until in module.BY.items():
+        rivals = ("density_l2", "density_copies", "loss", "anisotropy")
+        signals = measure_prompts(pipeline, prompts, sampling, rivals=rivals, until=until, batch_size=6, progress=False)
+        for n in (1, 2, 3):
+            found = module.scores(raw, clean, steps, n)
+            expected = {"norm": signals.metric(seeds=n), "loss": signals.rival("loss", n)}
+            if n > 1:
+                expected |= {"density_l2": signals.rival("density_l2", n), "density_sscd": signals.rival("density_copies", n)}
+            if steps != "1":  # there it is of another timestep
+                spread = [clean[name][:, :n, at].mean(1).std() for name, at in (("norms", 0), ("cosines", (until or 5) - 1))]
+                expected["anisotropy"] = (signals.norms[:, :n, 0].mean(1) / spread[0]
+                                          + signals.raw["anisotropy"][:, :n, -1].mean(1) / spread[1])  # fmt: skip
+            assert found.keys() - expected.keys() <= {"anisotropy"}
+            for name, score in expected.items():
+                np.testing.assert_allclose(found[name], score, rtol=1e-5, atol=1e-7, err_msg=f"{name} {steps} {n}")
+
+
 # ---- of mitigation
+
+
+def test_gradient_of_the_embedding_is_that_of_finite_differences(benchmark):
+    assert benchmark("mitigation").gradient_error(directions=1) < 1e-5
 
 
 def test_mitigations_are_compared_by_what_copies_least_at_the_agreement_that_is_asked_for(benchmark):
