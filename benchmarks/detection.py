@@ -53,9 +53,9 @@ OWN = ("verified", "late_cosine", "generated", "measured", "scores", "captions",
 MADE_BY = recipe("quickstart.yaml", RECIPE, SCORED, BY, NEGATIVE, OF_MANY, MANY, OTHERS, RIVALS, NUMBER, BATCH, *map(code_of, CODE),
                  code_of("benchmarks/detection", *OWN))  # fmt: skip
 NOTES = (
-    f"n = {MANY}, and the rows beside it, are against {OF_MANY} negatives: TPR at 1% FPR is there what is found without any false alarm. "
-    "A density compares pictures, and has no row at n = 1. The anisotropy's cosine is at the first step that of the first noise at the "
-    "sampler's third-last timestep, a mean over places; at more steps it is that of the whole prediction at the last of them."
+    f"n = {MANY}, and the rows beside it, are against {OF_MANY} negatives: TPR at 1% FPR is there what is found without any false "
+    "alarm. A density compares pictures, and has no row at n = 1. The anisotropy's cosine is at the first step that of the first noise "
+    "at the sampler's third-last timestep, a mean over places; at more steps it is that of the whole prediction at the last of them."
 )
 COLUMNS = ["method", "steps", "n", "seed", "auc", "tpr_at_1pct_fpr", "seconds", "auc_seen", "auc_unseen", "positive", "negative",
            "recipe"]  # fmt: skip
@@ -222,7 +222,8 @@ def job(work: Path, seed: int) -> None:
                              "tpr_at_1pct_fpr": made["tpr_at_1pct_fpr"], "auc_seen": auc_seen, "auc_unseen": auc_unseen,
                              "positive": int(chosen.sum()), "negative": int((~chosen).sum())})  # fmt: skip
     with atomic(work / f"scores-{seed}-{MADE_BY}.npz") as partial, partial.open("wb") as file:
-        np.savez(file, label=label, **{f"{name}, n={n}": values for n, raw in ((4, all_of_4), (MANY, many)) for name, values in raw.items()})
+        both = ((4, all_of_4), (MANY, many))
+        np.savez(file, label=label, **{f"{name}, n={n}": values for n, raw in both for name, values in raw.items()})
     cost = seconds(pipeline, negative[:4], measure)
     for row in rows:
         row["seconds"] = cost[row["method"], row["steps"]] * row["n"]

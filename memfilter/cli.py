@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Literal
 
 from memfilter.data.plan import Plan
+from memfilter.text import printable
 
 
 def scenes(
@@ -264,7 +265,7 @@ def report_error(error: Exception) -> int:
     """Prints each line of the message as an error, and whose it is where several processes run; returns the exit code."""
     rank = os.environ.get("RANK", "0")
     for line in str(error).splitlines():
-        print(f"error: {'' if rank == '0' else f'rank {rank}: '}{line}", file=sys.stderr)
+        print(f"error: {'' if rank == '0' else f'rank {rank}: '}{printable(line)}", file=sys.stderr)
     return 1
 
 

@@ -92,18 +92,31 @@ def add_lora(unet, rank: int, alpha: float, targets: list[str], dtype: torch.dty
 
 
 def weights_digest(*models: torch.nn.Module | None) -> str:
-    """Tells models by their weights, in whatever precision they are loaded: from the sha256 of names, shapes and
-    values in bf16. Adapters that do nothing yet are left out."""
+    """Tells models by their weights, in whatever precision they are loaded, compiled or not: from the sha256 of names, shapes and
+    values in bf16. Adapters that do nothing, or nothing yet, are left out; of others it matters how strong they are set."""
     digest = hashlib.sha256()
     for model in models:
         state = {} if model is None else model.state_dict()
-        for name in sorted(state, key=lambda name: name.replace(".base_layer", "")):
-            if "lora_" in name and not state[name.replace("lora_A", "lora_B")].any():
-                continue
+        names = {name.replace(".base_layer", "").replace("_orig_mod.", ""): name for name in state}
+        for shown, name in sorted(names.items()):
+            if ".lora_" in name:
+                strength = _strength(model, name)
+                if not strength or not state[name.replace("lora_A", "lora_B")].any():
+                    continue
+                digest.update(f"{strength}\n".encode() if strength != 1 else b"")
             values = state[name].detach().to("cpu", torch.bfloat16).contiguous().flatten()
-            digest.update(f"{name.replace('.base_layer', '')} {list(state[name].shape)}\n".encode())
+            digest.update(f"{shown} {list(state[name].shape)}\n".encode())
             digest.update(values.view(torch.uint8).numpy())
     return digest.hexdigest()[:16]
+
+
+def _strength(model: torch.nn.Module, name: str) -> float:
+    """How much the adapter that a weight belongs to counts for, beside what it was made to; 0 where it is switched off."""
+    layer, _, rest = name.partition(".lora_")
+    adapter, layer = rest.split(".")[1], model.get_submodule(layer)
+    if layer.disable_adapters or adapter not in layer.active_adapters:
+        return 0.0
+    return layer.scaling[adapter] / (layer.lora_alpha[adapter] / layer.r[adapter])
 
 
 def load_trained(run_dir: Path):

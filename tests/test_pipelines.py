@@ -17,3 +17,22 @@ def test_digest_is_that_of_the_weights_in_whatever_precision_and_before_adapters
         next(p for name, p in adapted.named_parameters() if "lora_B" in name).fill_(0.1)
     assert weights_digest(adapted) != digest
     assert weights_digest(unet, None, unet) not in (digest, weights_digest(unet, adapted))
+
+
+def test_digest_tells_how_strong_adapters_are_set_and_nothing_of_compiling(tiny_unet):
+    unet = tiny_unet(0)
+    plain = weights_digest(unet)
+    assert weights_digest(torch.compile(unet, backend="eager")) == plain
+    add_lora(unet, 2, 4.0, ["to_q", "to_v"], torch.float32, seed=0)
+    with torch.no_grad():
+        for name, parameter in unet.named_parameters():
+            if "lora_B" in name:
+                parameter.fill_(0.1)
+    whole = weights_digest(unet)
+    assert weights_digest(torch.compile(unet, backend="eager")) == whole != plain
+    unet.set_adapters("default", 0.5)
+    assert weights_digest(unet) not in (whole, plain)
+    unet.set_adapters("default", 1.0)
+    assert weights_digest(unet) == whole
+    unet.disable_adapters()
+    assert weights_digest(unet) == plain

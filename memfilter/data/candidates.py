@@ -31,10 +31,10 @@ from memfilter.data.shards import (
     TooLarge,
     as_key,
     decode,
-    printable,
     read_bytes,
 )  # fmt: skip
 from memfilter.files import atomic
+from memfilter.text import printable
 
 BROKEN_SHARD, UNREADABLE, TOO_LARGE, NO_CAPTION = "broken shard", "unreadable", "too large", "without caption"
 FOLDER_CHUNK = 1000  # pictures of a folder that count as one shard

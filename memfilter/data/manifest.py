@@ -15,8 +15,9 @@ from PIL import Image
 from tqdm import tqdm
 
 from memfilter.data.experiment import HEADER, ROLES
-from memfilter.data.shards import MAX_BYTES, MAX_CAPTION, ShardError, decode, printable, read_bytes
+from memfilter.data.shards import MAX_BYTES, MAX_CAPTION, ShardError, decode, read_bytes
 from memfilter.files import atomic
+from memfilter.text import printable
 
 MANIFEST = "manifest.parquet"
 SCHEMA = pa.schema(

@@ -11,7 +11,8 @@ from pathlib import Path
 import pyarrow as pa
 from PIL import Image
 
-from memfilter.data.shards import MAX_BYTES, MAX_CAPTION, NO_FILE, ShardError, TooLarge, decode, printable
+from memfilter.data.shards import MAX_BYTES, MAX_CAPTION, NO_FILE, ShardError, TooLarge, decode
+from memfilter.text import printable
 
 CAPTIONS = ("text", "caption", "TEXT", "prompt")
 

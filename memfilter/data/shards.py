@@ -16,6 +16,8 @@ from typing import IO
 import numpy as np
 from PIL import ExifTags, Image, UnidentifiedImageError
 
+from memfilter.text import printable
+
 IMAGE_SUFFIXES = ("png", "jpg", "jpeg", "webp")
 MAX_PIXELS = 64_000_000  # of a picture: what claims more is refused before it is decoded
 MAX_BYTES = 3 * MAX_PIXELS  # of a picture's file: the most that is ever read, what its pixels take up uncompressed
@@ -149,11 +151,6 @@ class Shards:
             return read_bytes(member.shard, member.offset, min(member.size, limit))
         except OSError as error:
             raise ShardError(f"{name} cannot be read ({error}): fetch or write it again") from error
-
-
-def printable(text: object) -> str:
-    """For messages and pages: what ends a line, or could steer a terminal, is written out."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(text))
 
 
 def as_key(name: str) -> str:

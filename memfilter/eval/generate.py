@@ -61,13 +61,14 @@ def generate_batch(
 def unchecked(pipeline) -> Iterator[None]:
     """Without the safety checker, which would blacken what is to be looked at and measured."""
     checker = getattr(pipeline, "safety_checker", None)
-    if checker is not None:
-        pipeline.safety_checker = None
+    if checker is None:
+        yield
+        return
+    object.__setattr__(pipeline, "safety_checker", None)  # by its own way diffusers would forget it when the pipeline is saved
     try:
         yield
     finally:
-        if checker is not None:
-            pipeline.safety_checker = checker
+        object.__setattr__(pipeline, "safety_checker", checker)
 
 
 def arguments_of(batch: Sequence[Job], steps: int, guidance_scale: float, size: int | None) -> dict:

@@ -8,14 +8,14 @@ import logging
 import shutil
 import zipfile
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
 import numpy as np
 from accelerate import PartialState
 from tqdm import tqdm
 
-from memfilter.files import atomic
+from memfilter.files import atomic, held
 from memfilter.processes import from_main
 
 log = logging.getLogger(__name__)
@@ -32,25 +32,33 @@ def fingerprint(facts: dict) -> str:
 class Parts:
     """Results of one kind, in a directory that is named for what decides them, so that no others get between.
 
-    Every process makes it and runs it.
+    Every process makes it and runs it. Nobody else can have it as long as it is there.
 
     Args:
         directory: for all kinds; what was left there of the same kind, made otherwise, is removed.
         kind: of results.
         facts: what decides them, as the main process sees it.
+
+    Raises:
+        BlockingIOError: another call is at work on this kind in this directory.
     """
 
     def __init__(self, directory: Path, kind: str, facts: dict, state: PartialState):
-        self._state, self._kind = state, kind
-        self._directory = directory / from_main(state, lambda: f"{kind}-{fingerprint(facts)[:16]}")
-        if state.is_main_process:
+        self._state, self._kind, self._held = state, kind, ExitStack()
+
+        def begin() -> str:
+            own = f"{kind}-{fingerprint(facts)[:16]}"
+            directory.mkdir(parents=True, exist_ok=True)
+            self._held.enter_context(held(directory / f".{kind}.lock"))
             for other in directory.glob(f"{kind}-*"):
-                if other != self._directory:
+                if other.name != own:
                     shutil.rmtree(other)
-            self._directory.mkdir(parents=True, exist_ok=True)
-            for partial in self._directory.glob(".*.partial"):
+            (directory / own).mkdir(exist_ok=True)
+            for partial in (directory / own).glob(".*.partial"):
                 partial.unlink()
-        state.wait_for_everyone()
+            return own
+
+        self._directory = directory / from_main(state, begin)
 
     def run(self, count: int, work: Callable[[int], dict[str, np.ndarray]], progress: bool) -> list[dict]:
         """What ``work`` gives for each of the numbers 0 ... count - 1; what has a whole file is not done again.
@@ -72,6 +80,7 @@ class Parts:
         """Once nobody needs them any more."""
         if self._state.is_main_process:
             shutil.rmtree(self._directory, ignore_errors=True)
+            self._held.close()
             with suppress(OSError):
                 self._directory.parent.rmdir()
 

@@ -13,10 +13,10 @@ import pyarrow.parquet as pq
 from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
-from memfilter.data.shards import printable
 from memfilter.eval.charts import GROUPS, KINDS, as_html, by_timestep, drop_rate_chart, norm_chart
 from memfilter.files import atomic
 from memfilter.pictures import thumbnail
+from memfilter.text import printable
 
 FILES = ("metrics.jsonl", "audit.parquet", "summary.json", "evaluation.json", "evaluation.npz")
 PROMPTS, SIDE = 20, 72  # of each kind in the gallery, and pixels at which it shows a picture

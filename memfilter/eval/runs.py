@@ -16,8 +16,9 @@ from memfilter.config import Config, DataConfig
 from memfilter.data import scenes
 from memfilter.data.experiment import Experiment
 from memfilter.data.prompts import read_prompts
-from memfilter.data.shards import ShardError, printable
+from memfilter.data.shards import ShardError
 from memfilter.pipelines import LORA, PIPELINE, model_dir
+from memfilter.text import printable
 
 DUPLICATES, DISTINCT, UNKNOWN = "duplicates", "distinct", "unknown"
 

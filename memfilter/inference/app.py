@@ -72,23 +72,24 @@ class Studio:
         return Look(made, words, metric, p_value, metric >= self.threshold)
 
     def _prompts_of_the_run(self) -> dict[str, Prompt]:
-        """By caption: some duplicates and some others; none where the training data cannot be had any more."""
+        """By caption: its duplicates and some others; none where the training data cannot be had any more."""
         asked: list[Prompt] = []
         if self.model.run is not None:
             with suppress(ValueError):
                 asked = self.model.run.prompts(EXAMPLES)
-        chosen = [p for p in asked if p.duplicate][:EXAMPLES] + [p for p in asked if not p.duplicate][:EXAMPLES]
-        return {p.text: p for p in chosen}
+        return {p.text: p for p in asked}
 
     @property
     def examples(self) -> list[str]:
-        """Prompts of the run, duplicates first; clean ones where there is none that has some."""
+        """Some prompts of the run, duplicates first; clean ones where there is none that has some."""
         if not self._training:
             return self.model.clean_prompts(None, EXAMPLES) if self.model.of_scenes else []
-        return list(self._training)
+        asked = self._training.values()
+        return [p.text for duplicate in (True, False) for p in [p for p in asked if p.duplicate == duplicate][:EXAMPLES]]
 
     def shown(self, prompt: str, look: Look) -> list[tuple[np.ndarray, str]]:
-        """Pictures with what they are: the training picture, where the prompt is a caption of the run's, and what was made."""
+        """Pictures with what they are: the training picture, where the prompt is that of a duplicate of the run or an example, and
+        what was made."""
         own, side = [], look.made.pictures.shape[1]
         if known := self._training.get(prompt):
             with suppress(ValueError):  # a picture that cannot be read any more

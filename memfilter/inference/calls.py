@@ -106,8 +106,11 @@ def factor_at(scheduler, timestep) -> float:
     """`noise_factor` of a scheduler's model at a timestep.
 
     Raises:
-        ValueError: the prediction type is unknown, or as `abar_at` where that is needed.
+        ValueError: the prediction type is unknown, the scheduler is EDM's, or as `abar_at` where that is needed.
     """
+    if scheduler.config.get("sigma_data") is not None:
+        raise ValueError(f"{type(scheduler).__name__} is for models of EDM's preconditioning, which predict neither noise nor v: "
+                         "what their norms say is not known here")  # fmt: skip
     kind = scheduler.config.prediction_type
     return 1.0 if kind == "epsilon" else float(noise_factor(kind, torch.tensor(abar_at(scheduler, timestep))))
 

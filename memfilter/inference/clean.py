@@ -138,12 +138,15 @@ class CleanNorms:
         where fewer were calibrated.
 
         Raises:
-            ValueError: there are no cosines.
+            ValueError: there are no cosines, or no spread.
         """
         if self.cosines is None:
             raise ValueError("the clean prompts' generations were broken off, anisotropy asks for whole ones: calibrate anew")
         first = self.norms[..., self.first_readable - 1]
-        return float(first[:, :seeds].mean(1).std()), float(self.cosines[:, :seeds].mean(1).std())
+        found = float(first[:, :seeds].mean(1).std()), float(self.cosines[:, :seeds].mean(1).std())
+        if not all(found):
+            raise ValueError(f"the {len(self.norms)} clean prompts do not differ, anisotropy asks for a spread among them: name more")
+        return found
 
     def require(self, about: dict) -> None:
         """Raises ValueError where a generation is made in another way than the clean ones were."""

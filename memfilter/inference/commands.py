@@ -62,6 +62,10 @@ def detect(
     place, counted, rivals, clean_file = Path(out), first or None, rivals or [], Path(clean) if clean else None
     if place.suffix not in SUFFIXES:
         raise ValueError(f"out: {out} must end in one of {', '.join(SUFFIXES)}")
+    left = place.with_suffix(".clean.json")
+    for name, file, written in (("prompts", prompts, (place, left)), ("clean", clean, (place,))):
+        if file is not None and Path(file).resolve() in [path.resolve() for path in written]:
+            raise ValueError(f"{name}: {file} would be written over: name another out")
     _at_least(0, first=first)
     _at_least(1, batch_size=batch_size)
     if quick and (not counted or rivals):
@@ -80,11 +84,11 @@ def detect(
 
     # the work
     more = {"batch_size": batch_size, "until": counted if quick else None}
-    ground = chosen.clean_norms(clean_file, sampling, place.with_suffix(".clean.json"), rate=false_positive_rate, **more)
+    ground = chosen.clean_norms(clean_file, sampling, left, rate=false_positive_rate, **more)
     ground.threshold(false_positive_rate, counted, seeds)
     if "anisotropy" in rivals:
         ground.spread(seeds)
-    work = place.with_name(f".{place.stem}.parts")
+    work = place.with_name(f".{place.name}.parts")
     signals = chosen.measure([row["prompt"] for row in asked], sampling, work, rivals=rivals, measure=measured, **more)
     threshold, p_values = judge(signals, ground, false_positive_rate, counted)
     if chosen.state.is_main_process:

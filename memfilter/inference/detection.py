@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -10,7 +11,6 @@ from dataclasses import asdict, dataclass, field
 import numpy as np
 from tqdm import tqdm
 
-from memfilter.data.shards import printable
 from memfilter.eval.copies import PIXELS, Measure
 from memfilter.eval.generate import Job, arguments_of, generate_batch
 from memfilter.eval.parts import Parts, fingerprint
@@ -19,6 +19,7 @@ from memfilter.inference.clean import CleanNorms, mean_norm
 from memfilter.inference.rivals import RIVALS, anisotropy, decoded, density, distances, own_loss, tiled_distance
 from memfilter.inference.watching import watch
 from memfilter.pipelines import weights_digest
+from memfilter.text import printable
 
 _MODELS = ("unet", "text_encoder", "text_encoder_2", "vae")
 
@@ -48,9 +49,11 @@ class Sampling:
 
     def facts(self, pipeline) -> dict:
         """What norms depend on beside prompt and seed. Reads all weights."""
-        settings = json.loads(pipeline.scheduler.to_json_string())  # as they are in a file of clean norms, in order
+        scheduler = copy.deepcopy(pipeline.scheduler)
+        scheduler.set_timesteps(self.steps)  # some set themselves otherwise for it, and one that was used tells what a new one does
+        settings = json.loads(scheduler.to_json_string())  # as they are in a file of clean norms, in order
         return {name: value for name, value in asdict(self).items() if name != "seeds"} | {
-            "scheduler": type(pipeline.scheduler).__name__,
+            "scheduler": type(scheduler).__name__,
             **{f"scheduler.{name}": value for name, value in settings.items() if not name.startswith("_")},
             "weights": weights_digest(*(getattr(pipeline, name, None) for name in _MODELS)),
         }

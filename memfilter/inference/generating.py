@@ -24,6 +24,9 @@ from memfilter.inference.models import Model
 from memfilter.inference.watching import watch
 
 
+_BEGUN = ".pictures.txt"  # names of the pictures that are being made, until pictures.jsonl lists them
+
+
 @dataclass(frozen=True)
 class Mitigation:
     """What is done for a prompt.
@@ -141,19 +144,25 @@ def write_pictures(model: Model, prompts: list[str], sampling: Sampling, how: Mi
     if model.state.is_main_process:
         with atomic(out / "pictures.jsonl") as partial:
             partial.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+        (out / _BEGUN).unlink(missing_ok=True)
     parts.remove()
     return sum(any(row["mitigation"] != "none" for row in rows[at : at + sampling.seeds]) for at in range(0, len(rows), sampling.seeds))
 
 
 def _forget(out: Path, again: set[str]) -> None:
-    """Removes ``pictures.jsonl`` and the pictures that it lists, but for those that are made again."""
-    listed = out / "pictures.jsonl"
-    with suppress(FileNotFoundError):
-        # the file may come from anywhere: what has no name of a picture is not touched
-        for name in re.findall(r'^{"file": "(\d{5,}-\d{2,}\.png)"', listed.read_text("utf-8", "replace"), re.MULTILINE):
-            if name not in again:
-                (out / name).unlink(missing_ok=True)
-        listed.unlink()
+    """Removes ``pictures.jsonl`` and the pictures of other calls, those that it lists and those that an interrupted one may have
+    left, but for those that are made again."""
+    listed, begun = out / "pictures.jsonl", out / _BEGUN
+    for file in (listed, begun):
+        with suppress(FileNotFoundError):
+            # the file may come from anywhere: what has no name of a picture is not touched
+            names = re.findall(r'^(?:{"file": ")?(\d{5,}-\d{2,}\.png)\b', file.read_text("utf-8", "replace"), re.MULTILINE)
+            for name in names:
+                if name not in again:
+                    (out / name).unlink(missing_ok=True)
+    with atomic(begun) as partial:
+        partial.write_text("".join(f"{name}\n" for name in sorted(again)), encoding="utf-8")
+    listed.unlink(missing_ok=True)
 
 
 def _name(number: int, seed: int) -> str:

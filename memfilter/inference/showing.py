@@ -6,9 +6,9 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from memfilter.data.shards import printable
 from memfilter.files import atomic
 from memfilter.inference.significance import Word
+from memfilter.text import printable
 
 WIDTH = 40  # characters of the longest bar
 # from pale to dark red, of the 256 colours of a terminal; black or white writing on them

@@ -52,7 +52,7 @@ def token_significance(
         batch_size: pictures at a time.
 
     Returns:
-        The prompt's words, in order.
+        The prompt's words, in order; every vector of a textual inversion stands for a word.
 
     Raises:
         ValueError: a step that the sampler does not make, or whose norm cannot be read or is not finite.
@@ -69,7 +69,8 @@ def token_significance(
         with named(jobs), frozen(pipeline.unet):
             found = [embedding_gradient(pipeline, calls[step])[1] for step in steps]  # [B, L, D] each
         scores.append(torch.stack([gradient.float().norm(dim=-1) for gradient in found]).mean(0))  # [B, L]
-    return words_of(pipeline.tokenizer, prompt, torch.cat(scores).mean(0).tolist())
+    encoded = pipeline.maybe_convert_prompt(prompt, pipeline.tokenizer)  # an inversion may have several vectors
+    return words_of(pipeline.tokenizer, encoded, torch.cat(scores).mean(0).tolist())
 
 
 def embedding_gradient(pipeline, call: Call, prompt_embeds: Tensor | None = None) -> tuple[Tensor, Tensor]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from decimal import ROUND_CEILING, Context
 from pathlib import Path
 
 import numpy as np
@@ -10,12 +11,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from memfilter.data.prompts import read_prompts
-from memfilter.data.shards import printable
 from memfilter.files import atomic
 from memfilter.inference.clean import CleanNorms
 from memfilter.inference.detection import Signals
 from memfilter.inference.models import Model
 from memfilter.inference.rivals import RIVALS
+from memfilter.text import printable
 
 SUFFIXES = (".parquet", ".jsonl")
 
@@ -111,6 +112,7 @@ def verdict(rows: list[dict], threshold: float, false_positive_rate: float, at_m
     lines = [f"p {row['p_value']:.3g}  {printable(row['prompt'])[:100]}" for row in memorized[:at_most]]
     if len(memorized) > at_most:
         lines.append(f"... and {len(memorized) - at_most} more")
-    lines.append(f"{len(memorized):,} of {len(rows):,} prompts are memorized: a metric of at least {threshold:.4g}, which "
+    shown = Context(6, ROUND_CEILING).create_decimal_from_float(threshold)  # or a clean prompt below it would reach what is shown
+    lines.append(f"{len(memorized):,} of {len(rows):,} prompts are memorized: a metric of at least {shown}, which "
                  f"{false_positive_rate:.3g} of clean prompts may reach.")  # fmt: skip
     return "\n".join(lines)

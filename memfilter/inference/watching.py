@@ -150,6 +150,8 @@ def watch(
             if memorized := (metric >= threshold).nonzero().flatten().tolist():
                 found = MemorizationDetected(memorized, metric, threshold, steps)
                 if on_memorized is None:
+                    if hasattr(pipeline, "maybe_free_model_hooks"):  # what is offloaded goes back, as at a generation's end
+                        pipeline.maybe_free_model_hooks()
                     raise found
                 on_memorized(found)
 

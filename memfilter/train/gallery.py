@@ -10,9 +10,10 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from memfilter.data.sampler import SampleDataset
-from memfilter.data.shards import ShardError, printable
+from memfilter.data.shards import ShardError
 from memfilter.files import atomic
 from memfilter.pictures import data_url
+from memfilter.text import printable
 
 PAGE = "dropped.html"
 THUMBNAIL = 192  # pixels

@@ -437,6 +437,22 @@ def test_parts_of_other_settings_and_half_written_ones_are_removed(tmp_path):
     assert len(list(tmp_path.glob("nearest-*/*.npz"))) == 1
 
 
+def test_parts_are_of_one_call_at_a_time(tmp_path):
+    held = Parts(tmp_path, "generate", {"steps": 1}, processes())
+    held.run(1, lambda number: {"x": np.array([number])}, progress=False)
+    before = sorted(tmp_path.rglob("*"))
+    if not (other := os.fork()):
+        try:
+            Parts(tmp_path, "generate", {"steps": 2}, held._state)
+        except BlockingIOError as error:
+            os._exit(7 if f"{tmp_path}/.generate.lock is held by another process" in str(error) else 1)
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(other, 0)[1]) == 7
+    assert sorted(tmp_path.rglob("*")) == before
+    held.remove()
+    assert not tmp_path.exists()
+
+
 @pytest.mark.parametrize("left", [b"", b"nothing that numpy knows", 0.5, "holes"])
 def test_part_that_is_cut_is_made_again_and_no_other(tmp_path, caplog, left):
     def parts():

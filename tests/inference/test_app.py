@@ -18,6 +18,7 @@ import pytest
 from memfilter.arguments import parse
 from memfilter.cli import main
 from memfilter.inference import Sampling
+from memfilter.inference import app
 from memfilter.inference.app import Studio, build, pieces, without_word
 from memfilter.inference.models import Model
 from memfilter.inference.significance import Word
@@ -132,7 +133,7 @@ def test_prompt_is_judged_a_word_dropped_and_a_mitigation_tried(page_of, browser
     assert listening == {"127.0.0.1"}
 
 
-def test_run_shows_its_training_pictures_for_as_long_as_they_are_there(run, tmp_path):
+def test_run_shows_its_training_pictures_for_as_long_as_they_are_there(run, tmp_path, monkeypatch):
     moved = shutil.copytree(run, tmp_path / "run")
     sampling, clean = Sampling(2, 2, 5.0), tmp_path / "clean.txt"
     clean.write_text("\n".join(f"a cat on a {colour} background" for colour in ("red", "blue", "green", "pink")))
@@ -145,6 +146,11 @@ def test_run_shows_its_training_pictures_for_as_long_as_they_are_there(run, tmp_
     np.testing.assert_array_equal(picture, model.run.picture(model.run.prompts(0)[0].key, 32))
     assert told == "training picture" and [text for _, text in made] == ["seed 0", "seed 1"]
     assert len(studio.shown("something else", look)) == 2
+    with monkeypatch.context() as fewer:
+        fewer.setattr(app, "EXAMPLES", 1)
+        few = Studio(model, studio.clean, sampling, 0.2)
+        assert few.examples == [duplicates[0], few.examples[1]]
+        assert [told for _, told in few.shown(duplicates[-1], look)][0] == "training picture"
 
     summary = json.loads((moved / "summary.json").read_text())
     summary["config"]["data"]["path"] = str(tmp_path / "gone")

@@ -360,6 +360,33 @@ def test_mitigation_that_was_interrupted_goes_on(directory, clean_file, files, m
     assert (files / "out" / "pictures.jsonl").read_text() == (files / "whole" / "pictures.jsonl").read_text()
 
 
+def test_pictures_of_a_call_that_was_interrupted_give_way_too(directory, files, monkeypatch):
+    out = files / "out"
+    interrupted_after(3, monkeypatch, generating, "generate_prompt")
+    assert main(generate(directory, out, f"--prompts={files / 'prompts.jsonl'}", "--seeds=1")) == 130
+    assert {path.name for path in out.glob("*.png")} == {"00000-00.png", "00001-00.png"}
+    assert main(generate(directory, out, "--prompt=a cat", "--seeds=1")) == 0
+    assert {path.name for path in out.iterdir()} == {"00000-00.png", "pictures.jsonl"}
+
+
+def test_detection_does_not_write_over_what_it_reads(directory, clean_file, files, capsys):
+    prompts = files / "prompts.jsonl"
+    before = prompts.read_bytes()
+    assert main(detect(directory, clean_file, prompts)) == 1
+    assert f"prompts: {prompts} would be written over" in capsys.readouterr().err
+    assert main(detect(directory, prompts, prompts.with_name("other.jsonl"), f"--out={prompts}", f"--prompts={clean_file}")) == 1
+    assert f"clean: {prompts} would be written over" in capsys.readouterr().err
+    assert prompts.read_bytes() == before and sorted(path.name for path in files.iterdir()) == ["prompts.jsonl"]
+
+
+def test_text_of_files_does_not_reach_the_terminal_as_it_is(directory, clean_file, files, capsys):
+    hostile = "\x1b]0;owned\x07\x1b[2J"
+    (files / "prompts.csv").write_text(f"{hostile},other\n1,2\n")
+    assert main(detect(directory, clean_file, files / "out.jsonl", f"--prompts={files / 'prompts.csv'}")) == 1
+    (told,) = (line for line in capsys.readouterr().err.splitlines() if line.startswith("error: "))
+    assert "has no column prompt, it has \\x1b]0;owned" in told and told.isprintable()
+
+
 def test_pictures_of_another_call_give_way_and_no_other_file(directory, files, monkeypatch):
     out, listed = files / "out", files / "out" / "pictures.jsonl"
     assert main(generate(directory, out, f"--prompts={files / 'prompts.jsonl'}")) == 0
@@ -371,7 +398,7 @@ def test_pictures_of_another_call_give_way_and_no_other_file(directory, files, m
     interrupted_after(1, monkeypatch, generating, "generate_prompt")
     assert main(generate(directory, out, "--prompt=a cat", "--seeds=1")) == 130
     kept = {"00000-00.png", "00009-00.png", "own.png"}
-    assert {path.name for path in out.iterdir()} == kept | {".parts"} and (files / "prompts.jsonl").exists()
+    assert {path.name for path in out.iterdir()} == kept | {".parts", ".pictures.txt"} and (files / "prompts.jsonl").exists()
     assert main(generate(directory, out, "--prompt=a cat", "--seeds=1")) == 0
     assert {path.name for path in out.iterdir()} == kept | {"pictures.jsonl"}
     assert [row["prompt"] for row in launching.lines(listed)] == ["a cat"]

@@ -2,20 +2,24 @@
 
 import copy
 import json
+import re
 
 import numpy as np
 import pytest
 import torch
-from diffusers import DDIMScheduler, DPMSolverMultistepScheduler
+from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, DPMSolverSinglestepScheduler
+from diffusers.pipelines.stable_diffusion import StableDiffusionSafetyChecker
 from scipy import stats
+from transformers import CLIPConfig
 
 from memfilter.eval.copies import PIXELS
-from memfilter.eval.generate import Job, arguments_of, generate_batch, generator_of
+from memfilter.eval.generate import Job, arguments_of, generate_batch, generator_of, unchecked
 from memfilter.inference import CleanNorms, Sampling, clean_norms, judge, measure_prompts, rivals, token_significance, watch
 from memfilter.inference.calls import first_calls
 from memfilter.inference.generating import Mitigation, generate_prompt
 from memfilter.inference.detection import Signals
 from memfilter.inference.rivals import RIVALS, anisotropy, density, distances, fresh_generator, own_loss, tiled_distance
+from memfilter.inference.table import verdict
 
 SAMPLING = Sampling(seeds=3, steps=4, guidance_scale=5.0, size=16)
 PROMPTS = ["a red dog", "a cat on the moon", "a house", "<b>two</b> trees"]
@@ -199,6 +203,41 @@ def test_safety_checker_is_set_aside_where_pictures_are_measured_or_looked_at(sd
     np.testing.assert_allclose(found.rival("density_l2"), plain.rival("density_l2"))
     pictures = [generate_prompt(one, PROMPTS[0], SAMPLING).pictures for one in (sd1, checked)]
     np.testing.assert_array_equal(*pictures)
+
+
+def test_pipeline_that_was_measured_is_saved_with_its_safety_checker(sd1):
+    sizes = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
+    vision = sizes | {"image_size": 8, "patch_size": 8, "projection_dim": 4}
+    checker = StableDiffusionSafetyChecker(CLIPConfig(text_config=sizes, vision_config=vision, projection_dim=4))
+    checked = copy.copy(sd1)
+    checked._internal_dict = copy.copy(sd1.config)
+    checked.register_modules(safety_checker=checker)
+    before = dict(checked.config)
+    assert before["safety_checker"] == ("stable_diffusion", "StableDiffusionSafetyChecker")
+    with unchecked(checked):
+        assert checked.safety_checker is None
+    assert checked.safety_checker is checker and dict(checked.config) == before
+
+
+def test_facts_of_a_pipeline_are_the_same_after_it_was_used(sd1):
+    used, fresh = copy.copy(sd1), copy.copy(sd1)
+    used.scheduler, fresh.scheduler = (DPMSolverSinglestepScheduler.from_config(sd1.scheduler.config) for _ in range(2))
+    before = SAMPLING.facts(used)
+    measure_prompts(used, PROMPTS[:1], SAMPLING, progress=False)
+    assert before == SAMPLING.facts(used) == SAMPLING.facts(fresh)
+
+
+def test_clean_prompts_that_do_not_differ_have_no_spread(sd1):
+    ground = clean_norms(sd1, ["a cat"], SAMPLING, progress=False)
+    with pytest.raises(ValueError, match="the 1 clean prompts do not differ"):
+        ground.spread(2)
+
+
+@pytest.mark.parametrize("threshold", [3.9023561477661137, 0.012345649, 123456.71])
+def test_threshold_that_is_told_is_not_below_the_one_that_is_gone_by(threshold):
+    told = verdict([], threshold, 0.01)
+    shown = float(re.search("at least ([0-9.]+),", told).group(1))
+    assert threshold <= shown <= threshold * (1 + 1e-5)
 
 
 class Blackening(torch.nn.Module):

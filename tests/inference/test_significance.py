@@ -2,12 +2,14 @@
 
 import numpy as np
 import pytest
+import tiny
 import torch
 
 from memfilter.eval.generate import Job, arguments_of
 from memfilter.inference import Sampling, token_significance
 from memfilter.inference.calls import first_calls
 from memfilter.inference.significance import embedding_gradient, words_of
+from memfilter.pipelines import load_pipeline
 
 SAMPLING = Sampling(seeds=2, steps=4, guidance_scale=5.0, size=16)
 PROMPT = "a Red dog, on  the moon"
@@ -25,6 +27,17 @@ def test_scores_are_gradients_averaged_over_seeds_and_steps(pipeline):
     tokens = [score for word in words for _, score in word.tokens]
     np.testing.assert_allclose(tokens, scores[1 : len(encoded) - 1], rtol=1e-4)  # without BOS and EOS
     assert all(word.score == max(score for _, score in word.tokens) for word in words)
+
+
+def test_vectors_of_a_textual_inversion_stand_for_a_word_each(tmp_path):
+    made = load_pipeline(str(tiny.save_pipeline(tmp_path / "sd1", "sd1")))
+    vectors = torch.randn(3, made.text_encoder.get_input_embeddings().weight.shape[1], generator=torch.Generator().manual_seed(1))
+    made.load_textual_inversion({"<toy>": vectors}, token="<toy>")
+    words = token_significance(made, "<toy> on a dog", SAMPLING)
+    call = first_calls(made, 1, **arguments_of([Job(0, "<toy> on a dog", seed) for seed in range(2)], 4, 5.0, 16))[0]
+    scores = embedding_gradient(made, call)[1].norm(dim=-1).mean(0).tolist()
+    assert [word.text for word in words] == ["<toy>", "<toy>_1", "<toy>_2", "on", "a", "dog"]
+    np.testing.assert_allclose([word.tokens[0][1] for word in words], scores[1:7], rtol=1e-4)
 
 
 def test_scores_do_not_depend_on_how_seeds_are_batched(pipeline):

@@ -9,6 +9,7 @@ import torch
 from diffusers import (
     DDIMScheduler,
     DPMSolverMultistepScheduler,
+    EDMEulerScheduler,
     EulerAncestralDiscreteScheduler,
     EulerDiscreteScheduler,
     HeunDiscreteScheduler,
@@ -111,6 +112,19 @@ def test_memorized_prompt_ends_the_generation_with_its_number(sd1):
     torch.testing.assert_close(told.value.metric, metric)
     assert seen.norms.shape == (4, 2) and f"{metric.max():.4g}" in str(told.value)
     assert not sd1.unet._forward_hooks
+
+
+def test_what_is_offloaded_goes_back_when_a_generation_is_ended(sd1, monkeypatch):
+    freed = []
+    monkeypatch.setattr(type(sd1), "maybe_free_model_hooks", lambda self: freed.append(self))
+    with pytest.raises(MemorizationDetected), watch(sd1, threshold=0.0):
+        sd1("a cat", num_inference_steps=2, output_type="np", height=16, width=16)
+    assert freed == [sd1]
+
+
+def test_models_of_edm_are_refused(sd1):
+    with pytest.raises(ValueError, match="EDMEulerScheduler is for models of EDM's preconditioning"):
+        first_readable(EDMEulerScheduler(), 4)
 
 
 def test_callback_leaves_the_generation_alone_and_is_called_once(sd1):

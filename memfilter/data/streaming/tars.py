@@ -24,8 +24,8 @@ from memfilter.data.shards import (
     TooLarge,
     as_caption,
     as_key,
-    printable,
 )
+from memfilter.text import printable
 
 SECONDS = 60  # that a server may be silent
 _META = re.compile(r"__[^/]*__($|/)")  # what webdataset has for itself in shards

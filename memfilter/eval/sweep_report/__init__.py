@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pandas as pd
 
-from memfilter.data.shards import printable
 from memfilter.eval.report import limit_in_words, render, write_page
 from memfilter.eval.sweep_report import charts, data, drawing
 from memfilter.eval.sweep_report.data import DECISIONS, FIGURES
 from memfilter.files import atomic
 from memfilter.pictures import thumbnail
+from memfilter.text import printable
 
 log = logging.getLogger(__name__)
 

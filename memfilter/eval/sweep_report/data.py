@@ -13,11 +13,11 @@ import numpy as np
 import pandas as pd
 import pyarrow.parquet as pq
 
-from memfilter.data.shards import printable
 from memfilter.eval.charts import BIN, GROUPS
 from memfilter.eval.report import FIGURES as OF_A_RUN
 from memfilter.eval.report import ReportError, misfit
 from memfilter.eval.results import OWN_LIMIT, RESULTS, agreement_figure
+from memfilter.text import printable
 
 BASE, NONE, ORACLE = "base", "none", "oracle"  # not trained at all, without any method, without the known duplicates
 # a setting that stands for its method agrees at least so well, beside none, and drops at most this share of distinct samples

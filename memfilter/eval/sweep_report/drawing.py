@@ -11,11 +11,11 @@ from pathlib import Path
 import plotly.graph_objects as go
 from markupsafe import Markup
 
-from memfilter.data.shards import printable
 from memfilter.eval.charts import as_html, blank
 from memfilter.eval.sweep_report.charts import COUNT, PERCENT, Axis, Chart, Line, Panel
 from memfilter.eval.sweep_report.data import BASE, NONE, ORACLE
 from memfilter.files import atomic
+from memfilter.text import printable
 
 MARKED = (NONE, ORACLE)
 GREY = "#868e96"
