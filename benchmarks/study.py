@@ -28,7 +28,17 @@ from common import ROOT, mean, parser, write_csv, write_text
 from scipy import stats
 
 from memfilter.eval.results import COLUMNS, RESULTS
-from memfilter.eval.sweep_report.data import BASE, FIGURES, NONE, ORACLE, least_memorizing, means_of, read_results, settings_of
+from memfilter.eval.sweep_report.data import (
+    BASE,
+    DROPPED,
+    FIGURES,
+    NONE,
+    ORACLE,
+    least_memorizing,
+    means_of,
+    read_results,
+    settings_of,
+)
 from memfilter.sweep import read_sweep
 
 RUNS = "runs/clipart/runs"  # where the sweep has its runs
@@ -37,6 +47,7 @@ DEDUP = "dedup"
 REFERENCES = (ORACLE, DEDUP)
 RANDOM_TOKENS = ("rta",)
 
+NO_SETTING = f"no setting agrees well enough and drops at most {DROPPED:.0%} of the distinct samples"
 Methods = tuple[str, ...]
 Setting = tuple[str, str]  # method, setting
 
@@ -72,7 +83,7 @@ class Study:
     def best(self, methods: Methods, beside: Setting | None = (NONE, "")) -> Setting | None:
         """The setting of some methods that memorizes least, of those that agree as well as another setting and learn enough; a
         reference has one setting, which need not."""
-        if beside is None:
+        if beside is None or beside not in self.means.index:
             return None
         if methods[0] in REFERENCES:
             return next((s for s in self.settings if s[0] in methods), None)
@@ -101,7 +112,7 @@ class Study:
 
     def _held(self, own: Setting | None, other: Setting | None) -> str:
         if own is None or other is None:
-            return "no setting agrees well enough"
+            return NO_SETTING
         pair = self.pairs(own, other)
         if len(pair) < 2:
             return "fewer than two seeds in common"
@@ -132,7 +143,7 @@ class Study:
         for other in (s for s in self.settings if s[0] in others):
             own = self.best(methods, other)
             if own is None:
-                lines.append(f"{_named(other)}: no setting agrees well enough")
+                lines.append(f"{_named(other)}: {NO_SETTING}")
                 continue
             pair = self.pairs(own, other)
             lines.append(f"{_named(other)}: {', '.join(f'{rate:.3f}' for rate in pair[:, 1])}; {_named(own)}: "

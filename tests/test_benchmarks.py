@@ -234,11 +234,21 @@ def test_setting_of_the_study_is_chosen_by_agreement_then_by_memorization(benchm
     assert "half or less in 2 of 3 seeds" in half and module.mean([0.07, 0.08, 0.08]) in half
     (first,) = (line for line in lines if "beat random tokens at equal agreement" in line)
     assert "tau 5 0.100, rta 1 0.160" in first
-    assert any("AGC" in line and line.endswith("no setting agrees well enough") for line in lines)
+    assert any("AGC" in line and line.endswith("agrees well enough and drops at most 20% of the distinct samples") for line in lines)
     assert lines[-2:] == [
         "  - rta 1: 0.120, 0.160, 0.200; evidence x: 0.050, 0.080, 0.120; half or less in 2 of 3 seeds",
         "  - rta 8: 0.000, 0.000, 0.000; evidence x: 0.050, 0.080, 0.120; half or less in 0 of 3 seeds",
     ]
+
+
+def test_study_of_one_seed_and_of_one_whose_plain_run_is_missing_says_so(benchmark):
+    module = benchmark("study")
+    study = study_of(module, none=((0.2, 0.2, 0.2), 0.80, 0.0), tau_5=((0.1, 0.1, 0.1), 0.80, 0.0), rta_1=((0.1, 0.1, 0.1), 0.80, 0.0))
+    for chosen in (study.results["seed"] == SEEDS[0],
+                   (study.results["seed"] != SEEDS[2]) & ~((study.results["method"] == "none") & (study.results["seed"] == SEEDS[1]))):
+        lines = module.comparisons(module.Study(study.results[chosen]))  # fmt: skip
+        (first,) = (line for line in lines if "beat random tokens at equal agreement" in line)
+        assert ("fewer than two seeds in common" in first) == (study.results[chosen]["seed"].nunique() == 1)
 
 
 def test_what_is_held_against_random_tokens_agrees_as_they_do_and_not_as_no_filter_does(benchmark):

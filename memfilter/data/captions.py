@@ -16,13 +16,15 @@ def caption_change(config: MitigationConfig, tokenizer) -> Callable[[str, int, i
     """(caption, seed, position) -> the caption as it is shown there; None where captions stay as they are.
 
     Args:
-        tokenizer: of the text encoder, whose tokens are the random words.
+        tokenizer: of the text encoder, whose tokens are the random words: those that it reads as one token, which is not special,
+            when they stand by themselves.
     """
     if not (config.random_tokens or config.repeated_words or config.random_caption):
         return None
-    special = set(tokenizer.all_special_ids)
-    tokens = [token for token in range(len(tokenizer)) if token not in special]
-    return partial(_changed, config, lambda share: tokenizer.decode([tokens[int(share * len(tokens))]]).strip())
+    words, special = [tokenizer.decode([token]).strip() for token in range(len(tokenizer))], set(tokenizer.all_special_ids)
+    read = tokenizer(words, add_special_tokens=False)["input_ids"]  # others are read as several, or as the end of the text
+    alone = [word for word, tokens in zip(words, read, strict=True) if len(tokens) == 1 and tokens[0] not in special]
+    return partial(_changed, config, lambda share: alone[int(share * len(alone))])
 
 
 def _changed(

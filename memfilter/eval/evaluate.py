@@ -15,7 +15,7 @@ from memfilter.eval.agreement import scorer_features
 from memfilter.eval.classifier import judge
 from memfilter.eval.clip import Clip, is_on_hub
 from memfilter.eval.copies import PIXELS, Measure
-from memfilter.eval.frechet import distances
+from memfilter.eval.frechet import MOST_FEATURES, distances
 from memfilter.eval.generate import batches, generate_batch
 from memfilter.eval.measuring import measured, training_pictures
 from memfilter.eval.nearest import nearest as find_nearest
@@ -121,17 +121,22 @@ def evaluate_run(
         side = generations.shape[2]
     if frechet == "scorer" and side != scenes.RESOLUTION:
         raise ValueError(f"frechet=scorer needs pictures of {scenes.RESOLUTION} px, found {side} px")
+    if frechet == "measure" and (width := measure.features(np.zeros((1, side, side, 3), np.uint8)).shape[1]) > MOST_FEATURES:
+        raise ValueError(f"frechet=measure: {measure.name} has {width:,} features of pictures of {side} px, and with more than "
+                         f"{MOST_FEATURES:,} a Frechet distance takes hours: use clip, or a measure of SSCD")  # fmt: skip
     training = training_pictures(run, asked, side) if state.is_main_process else {}
     if generations is None:
         generations = _generations(run_dir, settings, pipeline, state, progress)  # [P, S, H, W, 3]
     del pipeline  # the measure wants its room on the device
     closest = None
     if nearest:
-        facts = {"generations": settings, "measure": measure.facts(), "samples": run.experiment.fingerprint()}
+        facts = {"generations": settings, "measure": measure.facts(), "samples": run.experiment.fingerprint(),
+                 "flipped": run.config.data.random_flip}  # fmt: skip
         parts = Parts(run_dir / PARTS, "nearest", facts, state)
         closest = find_nearest(generations.reshape(-1, *generations.shape[2:]), run, measure, parts, progress)
     if state.is_main_process:
-        result = measure.facts() | {"steps": steps, "guidance_scale": guidance_scale} | ({"clip": clip} if clip else {})
+        result = measure.facts() | {"steps": steps, "guidance_scale": guidance_scale, "near_copies": near_copies}
+        result |= {"clip": clip} if clip else {}
         result |= measured(run, asked, generations, training, measure, closest, model)
         result["filter"] = _judged(run)
         if frechet:

@@ -94,8 +94,8 @@ def measured(
 def _own_similarity(
     run: FinishedRun, asked: list[Prompt], seen: np.ndarray, training: dict[int, np.ndarray], measure: Measure, side: int
 ) -> tuple[np.ndarray, int]:
-    """Of every generation to the training picture of its prompt, or the likest of its near copies, [P, S], NaN without one; and
-    how many of these pictures cannot be read."""
+    """Of every generation to the training picture of its prompt, or the likest of its near copies, mirrored too where the run has
+    seen them so, [P, S], NaN without one; and how many of these pictures cannot be read."""
     found, missed = np.full(seen.shape[:2], np.nan, np.float32), 0
     for i, prompt in enumerate(asked):
         pictures = [training[i]] if i in training else []
@@ -104,7 +104,7 @@ def _own_similarity(
                 pictures.append(run.picture(key, side))
         missed += bool(prompt.key) + len(prompt.copies) - len(pictures)
         if pictures:
-            known = measure.seen(np.stack(pictures))
+            known = measure.seen(np.concatenate(run.views(np.stack(pictures))))
             found[i] = measure.similarity_seen(seen[i][:, None], known[None]).max(1)  # [S, pictures] -> [S]
     return found, missed
 

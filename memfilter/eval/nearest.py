@@ -14,7 +14,7 @@ BLOCK, BYTES = 4096, 2**28  # pictures, and bytes of their features, that are he
 def nearest(
     generations: np.ndarray, run: FinishedRun, measure: Measure, parts: Parts, progress: bool
 ) -> tuple[np.ndarray, np.ndarray, int]:
-    """Compares every generation with every training picture, by faiss, a block of them at a time.
+    """Compares every generation with every training picture, as `FinishedRun.views` has them, by faiss, a block of them at a time.
 
     The processes share the blocks, and every one of them calls.
 
@@ -36,13 +36,14 @@ def nearest(
 
         index, rows = faiss.IndexFlatIP(made.shape[1]), [np.empty(0, int)]
         for found, pictures in run.pictures(range(number * block, min((number + 1) * block, total)), side):
-            index.add(measure.features(pictures))
-            rows.append(found)
+            for view in run.views(pictures):
+                index.add(measure.features(view))
+                rows.append(found)
         rows = np.concatenate(rows)
         if not len(rows):
             return {"similarity": np.full(len(made), -np.inf, np.float32), "row": np.full(len(made), -1), "read": rows}
         similarity, place = (found[:, 0] for found in index.search(made, 1))
-        return {"similarity": similarity, "row": rows[place], "read": rows}
+        return {"similarity": similarity, "row": rows[place], "read": np.unique(rows)}
 
     found = parts.run(-(-total // block), work, progress)
     if not (read := sum(len(part["read"]) for part in found)):

@@ -163,8 +163,9 @@ def _incomparable(off: Run, on: Run) -> list[str]:
         a, b = (s.get(name) for s in settings)
         if a != b:
             errors.append(f"{name} must be the same in {both}, found {a!r} and {b!r}; train one of them again")
-    for name in ("measure", "memorized_above", "steps", "guidance_scale", "clip"):
-        a, b = (run.evaluation.get(name) for run in (off, on))
+    for name, usual in {"measure": None, "sha256": None, "memorized_above": None, "steps": None, "guidance_scale": None, "clip": None,
+                        "near_copies": 1}.items():  # fmt: skip
+        a, b = (run.evaluation.get(name, usual) for run in (off, on))
         if a != b:
             errors.append(f"evaluation.json: {name} must be the same in {both}, found {a!r} and {b!r}; "
                           "evaluate both again")  # fmt: skip

@@ -147,6 +147,11 @@ class FinishedRun:
             if kept:
                 yield np.array(kept), np.stack(shown)
 
+    def views(self, pictures: np.ndarray) -> list[np.ndarray]:
+        """Training pictures as the run has shown them, uint8 [n, side, side, 3] each: as they are, and mirrored by
+        ``data.random_flip``. What ``data.random_crop`` has shown is not made again."""
+        return [pictures, pictures[:, :, ::-1].copy()] if self.config.data.random_flip else [pictures]
+
     def scenes(self, keys: Sequence[str | None]) -> list[scenes.Scene] | None:
         """The clipart scenes of some samples; None where not all of them are scenes."""
         if not keys or None in keys or not hasattr(self.data[0], "facts"):

@@ -264,6 +264,32 @@ def test_what_is_asked_for_and_not_there_is_named_in_one_line_before_pictures_ar
     assert not (scenes_copy / "evaluation.parts").exists()
 
 
+def test_distance_by_more_features_than_it_can_be_had_of_is_refused(scenes_copy, monkeypatch, capsys):
+    monkeypatch.setattr(evaluate, "MOST_FEATURES", 767)
+    assert "pixel correlation has 768 features of pictures of 16 px" in error_of(capsys, scenes_copy, "--frechet=measure")
+    assert not (scenes_copy / "evaluation.parts").exists()
+
+
+def test_mirrored_copies_are_found_where_the_run_has_shown_mirrored_pictures(scenes_copy):
+    summary = json.loads((scenes_copy / "summary.json").read_text())
+    for flip in (False, True):
+        summary["config"]["data"]["random_flip"] = flip
+        (scenes_copy / "summary.json").write_text(json.dumps(summary))
+        run = FinishedRun(scenes_copy)
+        asked = run.prompts(3)
+        known = training_pictures(run, asked, 16)
+        mirrored = np.stack([known[i][:, ::-1] for i in range(len(asked))])[:, None]
+        made = np.concatenate([mirrored, np.stack([known[i] for i in range(len(asked))])[:, None]], axis=1)
+        parts = Parts(scenes_copy / "parts", "nearest", {"flip": flip}, processes())
+        closest = nearest_module.nearest(made.reshape(-1, 16, 16, 3), run, PIXELS, parts, progress=False)
+        found = measured(run, asked, made, known, PIXELS, closest)
+        for name in ("similarity", "nearest_similarity"):
+            similarity = np.array([prompt[name] for prompt in found["prompts"]])
+            assert similarity[:, 1] == pytest.approx(1, abs=1e-5)
+            assert (similarity[:, 0] > 0.999).all() == flip
+        assert found["training_unreadable"] == 0
+
+
 def test_run_on_a_stream_takes_prompts_of_a_file_only(scenes_copy, tmp_path, capsys):
     summary = json.loads((scenes_copy / "summary.json").read_text())
     summary["config"]["data"]["streaming"] = "webdataset"

@@ -62,6 +62,20 @@ def test_kernel_distance_is_the_unbiased_estimate_with_the_cubic_kernel():
     assert found["kid_std"] == pytest.approx(0, abs=1e-5)
 
 
+def test_kernel_distance_of_features_of_unit_length_is_no_rounding():
+    rng = np.random.default_rng(3)
+    x, y = (points / np.linalg.norm(points, axis=1, keepdims=True) for points in rng.normal(0.1, 1, size=(2, 40, 3072)))
+    x, y = x.astype(np.float32).astype(np.float64), y.astype(np.float32).astype(np.float64)
+
+    def kernel(a, b):
+        return (a @ b.T / 3072 + 1) ** 3
+
+    within = [(kernel(p, p).sum() - np.trace(kernel(p, p))) / (40 * 39) for p in (x, y)]
+    found = between(x, y)
+    assert found["kid"] == pytest.approx(sum(within) - 2 * kernel(x, y).mean(), rel=1e-4)
+    assert found["kid_std"] < 1e-12
+
+
 def test_subsets_are_the_same_each_time_and_leave_other_draws_alone(monkeypatch):
     monkeypatch.setattr(frechet, "SUBSET", 10)
     rng = np.random.default_rng(3)

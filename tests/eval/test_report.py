@@ -163,6 +163,11 @@ def test_limit_and_agreement_are_explained_by_what_the_evaluations_say(runs, tmp
         _edit(run / "evaluation.json", lambda e: [e[kind].pop("agreement") for kind in ("duplicates", "distinct")])
     assert "by the CLIP <b>{x}\\u202e." in text() and "small scorer" not in text()
     assert lines_of(Page(tmp_path / "report.html"), "CLIP score")[0] == ["duplicates", "25.50", "25.50"]
+    for name, value in (("sha256", "ab"), ("near_copies", 10)):
+        _edit(runs[0] / "evaluation.json", lambda e, name=name, value=value: e.update({name: value}))
+        with pytest.raises(ReportError, match=f"{name} must be the same"):
+            text()
+        _edit(runs[0] / "evaluation.json", lambda e, name=name: e.pop(name))
     _edit(runs[0] / "evaluation.json", lambda e: e.update(clip="another"))
     with pytest.raises(ReportError, match="clip must be the same"):
         text()

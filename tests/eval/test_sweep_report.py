@@ -174,6 +174,13 @@ def test_setting_that_stands_for_a_method_memorizes_least_of_those_that_agree_ne
     assert "Agreement is not known" not in (made / "report.html").read_text(encoding="utf-8")
 
 
+def test_several_settings_without_a_method_rule_nothing_out(tmp_path):
+    points = {("none", "x=1"): ([0.5] * 2, [0.8] * 2), ("none", "x=2"): ([0.5] * 2, [0.6] * 2),
+              ("tau", "3, x=2"): ([0.1] * 2, [0.6] * 2), ("tau", "9, x=1"): ([0.4] * 2, [0.8] * 2)}  # fmt: skip
+    results = read(write_results(tmp_path / "some", rows_of(points)))
+    assert data.representatives(results)["tau"] == "3, x=2"
+
+
 def test_setting_that_drops_more_than_a_fifth_stands_for_its_method_only_where_there_is_no_other(tmp_path):
     points = {("none", ""): ([0.5] * 2, [0.6] * 2), ("tau", "3"): ([0.1] * 2, [0.61] * 2), ("tau", "5"): ([0.3] * 2, [0.6] * 2)}
     results = read(write_results(tmp_path / "some", rows_of(points)))

@@ -52,7 +52,7 @@ FIGURES = {
 }
 DECISIONS = {
     "precision": Figure("Precision", "Share of duplicates in what was dropped over the whole run.", share=True),
-    "recall": Figure("Recall", "Share of the appearances of duplicates that were dropped.", share=True),
+    "recall": Figure("Recall", "Share of the appearances of duplicates that were dropped, of those with a verdict.", share=True),
     "auc": Figure("AUC", "Of the decisions, which have one threshold: (recall + 1 - false positive rate) / 2."),
 }
 
@@ -162,11 +162,12 @@ def _lowest(column: pd.Series) -> tuple[str, str] | None:
 def representatives(results: pd.DataFrame) -> dict[str, str]:
     """Method -> the setting that stands for it: `least_memorizing` beside none, or the one that drops least."""
     means, settings = means_of(results), settings_of(results)
-    plain = means["agreement_distinct"].get((NONE, settings.get(NONE, [""])[0]), 0.0)
+    plain = settings.get(NONE, [])  # where there are several, none of them is what all others can be held against
+    agreement = means["agreement_distinct"].get((NONE, plain[0]), 0.0) if len(plain) == 1 else 0.0
     chosen = {}
     for method, names in settings.items():
         own = means.loc[[(method, name) for name in names]]
-        chosen[method] = (least_memorizing(own, plain) or _lowest(own["distinct_dropped"]))[1]
+        chosen[method] = (least_memorizing(own, agreement) or _lowest(own["distinct_dropped"]))[1]
     return chosen
 
 
@@ -207,7 +208,8 @@ def common_evaluation(runs: pd.DataFrame) -> dict | None:
             continue
         read = read_evaluation(Path(run))
         found = {name: read[name] for name in ("measure", "steps", "guidance_scale")} | {
-            "memorized_above_is": read.get("memorized_above_is"), "clip": read.get("clip"),
+            "memorized_above_is": read.get("memorized_above_is"), "clip": read.get("clip"), "sha256": read.get("sha256"),
+            "near_copies": read.get("near_copies", 1),
             "agreement": agreement_figure(read), "prompts": len(read["prompts"]),
             "pictures": sum(len(prompt.get("similarity", [])) for prompt in read["prompts"])}  # fmt: skip
         if common is None:

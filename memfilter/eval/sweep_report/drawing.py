@@ -103,7 +103,7 @@ def as_plotly(chart: Chart, styles: dict[str, Style]) -> list[Markup | None]:
 
 
 def _guides(chart: Chart, panel: Panel) -> list[tuple[float, float]]:
-    return [(line.x[0], line.y[0]) for line in panel.lines if chart.guides and line.method == NONE]
+    return [(line.x[0], line.y[0]) for line in panel.lines if chart.guides and line.method == NONE and len(line.x) == 1]
 
 
 def _free_side(line: Line, panel: Panel, x_range: tuple[float, float], y_range: tuple[float, float]) -> str:
