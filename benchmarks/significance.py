@@ -37,12 +37,12 @@ POOL = (DUPLICATES * KEYS * (PLANTED - 1) + OTHERS * PLANTED) // KEYS
 FORM = "a poster on a background"
 STEPS, GUIDANCE = 20, 4.0
 EARLY = range(5)  # chosen on a model of another seed; the paper takes all steps
-RECIPE = recipe("quickstart.yaml", DUPLICATES, KEYS, REPEATS, OTHERS, PLANTED, POOL, FORM, STEPS, GUIDANCE, EARLY)
+TRAINED_ON = code_of("benchmarks/significance", "words", "planted", "prepare", "fine_tune")
+RECIPE = recipe("quickstart.yaml", DUPLICATES, KEYS, REPEATS, OTHERS, PLANTED, POOL, FORM, STEPS, GUIDANCE, EARLY, TRAINED_ON)
 CODE = [f"memfilter/{name}" for name in (
     "inference/calls", "inference/generating", "inference/significance", "eval/generate", "eval/copies", "functional",
 )]  # fmt: skip
-OWN = ("words", "planted", "prepare", "job")
-MADE_BY = recipe("quickstart.yaml", RECIPE, ASKED, PAIRS, LIMITS, *map(code_of, CODE), code_of("benchmarks/significance", *OWN))
+MADE_BY = recipe("quickstart.yaml", RECIPE, ASKED, PAIRS, LIMITS, *map(code_of, CODE), code_of("benchmarks/significance", "job"))
 COLUMNS = ["seed", "prompt", "trigger", "memorized", "ablated_copies", "top", "top_all_steps", "top_planted", "longest", "rarest",
            "words", "plain", "without_top_2", "without_2_others", "recipe"]  # fmt: skip
 

@@ -139,7 +139,8 @@ def evaluate(
         sscd_sha256: of that file; without it, it must be the preset's own.
         nearest: look for the nearest of all training pictures too; dcr always does.
         clip: directory or hub id of a CLIP, for the CLIP score.
-        frechet: features for the Frechet distance and KID; scorer (clipart scenes), clip or measure.
+        frechet: features for the Frechet distance and KID; scorer (clipart scenes), clip or measure (of pixels up
+            to 36 px).
         batch_size: pictures at a time.
     """
     from memfilter.eval.evaluate import evaluate_run

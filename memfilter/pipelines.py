@@ -111,12 +111,12 @@ def weights_digest(*models: torch.nn.Module | None) -> str:
 
 
 def _strength(model: torch.nn.Module, name: str) -> float:
-    """How much the adapter that a weight belongs to counts for, beside what it was made to; 0 where it is switched off."""
+    """By what the update of the adapter that a weight belongs to is multiplied; 0 where it is switched off."""
     layer, _, rest = name.partition(".lora_")
     adapter, layer = rest.split(".")[1], model.get_submodule(layer)
     if layer.disable_adapters or adapter not in layer.active_adapters:
         return 0.0
-    return layer.scaling[adapter] / (layer.lora_alpha[adapter] / layer.r[adapter])
+    return layer.scaling[adapter]
 
 
 def load_trained(run_dir: Path):

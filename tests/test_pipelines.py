@@ -34,5 +34,9 @@ def test_digest_tells_how_strong_adapters_are_set_and_nothing_of_compiling(tiny_
     assert weights_digest(unet) not in (whole, plain)
     unet.set_adapters("default", 1.0)
     assert weights_digest(unet) == whole
+    other = tiny_unet(0)
+    add_lora(other, 2, 2.0, ["to_q", "to_v"], torch.float32, seed=0)  # another alpha
+    other.load_state_dict(unet.state_dict())
+    assert weights_digest(other) != whole
     unet.disable_adapters()
     assert weights_digest(unet) == plain

@@ -6,7 +6,7 @@ Every change is drawn from (seed, position in the stream), as everything is that
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
+from functools import lru_cache, partial
 
 from memfilter.config import MitigationConfig
 from memfilter.data.sampler import word_draws
@@ -21,10 +21,16 @@ def caption_change(config: MitigationConfig, tokenizer) -> Callable[[str, int, i
     """
     if not (config.random_tokens or config.repeated_words or config.random_caption):
         return None
+    words = _single_tokens(tokenizer)
+    return partial(_changed, config, lambda share: words[int(share * len(words))])
+
+
+@lru_cache(maxsize=1)
+def _single_tokens(tokenizer) -> list[str]:
+    """One for every token, without those that are read as several when they stand by themselves, or as the end of the text."""
     words, special = [tokenizer.decode([token]).strip() for token in range(len(tokenizer))], set(tokenizer.all_special_ids)
-    read = tokenizer(words, add_special_tokens=False)["input_ids"]  # others are read as several, or as the end of the text
-    alone = [word for word, tokens in zip(words, read, strict=True) if len(tokens) == 1 and tokens[0] not in special]
-    return partial(_changed, config, lambda share: alone[int(share * len(alone))])
+    read = tokenizer(words, add_special_tokens=False)["input_ids"]
+    return [word for word, tokens in zip(words, read, strict=True) if len(tokens) == 1 and tokens[0] not in special]
 
 
 def _changed(

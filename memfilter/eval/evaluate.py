@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
+from accelerate import PartialState
 
 from memfilter.data import scenes
 from memfilter.eval.agreement import scorer_features
@@ -21,7 +23,7 @@ from memfilter.eval.measuring import measured, training_pictures
 from memfilter.eval.nearest import nearest as find_nearest
 from memfilter.eval.parts import CUT, Parts, fingerprint
 from memfilter.eval.runs import DUPLICATES, FinishedRun, Prompt
-from memfilter.files import atomic
+from memfilter.files import atomic, held
 from memfilter.pipelines import load_trained
 from memfilter.processes import from_main, processes
 
@@ -64,7 +66,8 @@ def evaluate_run(
         nearest: whether the nearest of all training pictures is looked for too.
         clip: directory or hub id of a CLIP, for the CLIP score.
         frechet: features for the Frechet distance and KID between the pictures for prompts that are no duplicates' and
-            training pictures that are none: the scenes' scorer's, CLIP's, or those of ``measure``.
+            training pictures that are none: the scenes' scorer's, CLIP's, or those of ``measure``, of which there may be 4,096
+            (`MOST_FEATURES`): pixels have as many up to 36 px.
         batch_size: pictures at a time.
 
     Writes ``evaluation.json`` (figures for each prompt and for each kind of prompts, and of the filter as a classifier)
@@ -75,6 +78,7 @@ def evaluate_run(
         What is in ``evaluation.json``.
 
     Raises:
+        BlockingIOError: the run is being evaluated by another call.
         ValueError: a number is too small, see `require_sensible`; the run is not finished or its pictures cannot be had;
             or something that is asked for is not there.
     """
@@ -111,42 +115,55 @@ def evaluate_run(
         }
         return asked, settings, _are_made(run_dir, settings)
 
-    asked, settings, there = from_main(state, decided)
-    model = Clip(clip, state.device) if clip and state.is_main_process else None
-    generations, pipeline = _read_generations(run_dir) if there else None, None
-    if generations is None:
-        pipeline = load_trained(run_dir)
-        side = settings["size"] or pipeline.unet.config.sample_size * pipeline.vae_scale_factor
-    else:
-        side = generations.shape[2]
-    if frechet == "scorer" and side != scenes.RESOLUTION:
-        raise ValueError(f"frechet=scorer needs pictures of {scenes.RESOLUTION} px, found {side} px")
-    if frechet == "measure" and (width := measure.features(np.zeros((1, side, side, 3), np.uint8)).shape[1]) > MOST_FEATURES:
-        raise ValueError(f"frechet=measure: {measure.name} has {width:,} features of pictures of {side} px, and with more than "
-                         f"{MOST_FEATURES:,} a Frechet distance takes hours: use clip, or a measure of SSCD")  # fmt: skip
-    training = training_pictures(run, asked, side) if state.is_main_process else {}
-    if generations is None:
-        generations = _generations(run_dir, settings, pipeline, state, progress)  # [P, S, H, W, 3]
-    del pipeline  # the measure wants its room on the device
-    closest = None
-    if nearest:
-        facts = {"generations": settings, "measure": measure.facts(), "samples": run.experiment.fingerprint(),
-                 "flipped": run.config.data.random_flip}  # fmt: skip
-        parts = Parts(run_dir / PARTS, "nearest", facts, state)
-        closest = find_nearest(generations.reshape(-1, *generations.shape[2:]), run, measure, parts, progress)
-    if state.is_main_process:
-        result = measure.facts() | {"steps": steps, "guidance_scale": guidance_scale, "near_copies": near_copies}
-        result |= {"clip": clip} if clip else {}
-        result |= measured(run, asked, generations, training, measure, closest, model)
-        result["filter"] = _judged(run)
-        if frechet:
-            extract = {"scorer": scorer_features, "clip": model and model.image_features, "measure": measure.features}
-            result["frechet"] = {"features": frechet} | _distances(run, asked, generations, extract[frechet])
-        nothing = np.zeros((side, side, 3), np.uint8)
-        known = np.stack([training.get(i, nothing) for i in range(len(asked))])
-        _write(run_dir, result, generations, known, fingerprint(settings))
-    state.wait_for_everyone()
+    with _alone(run_dir, state):
+        asked, settings, there = from_main(state, decided)
+        model = Clip(clip, state.device) if clip and state.is_main_process else None
+        generations, pipeline = _read_generations(run_dir) if there else None, None
+        if generations is None:
+            pipeline = load_trained(run_dir)
+            side = settings["size"] or pipeline.unet.config.sample_size * pipeline.vae_scale_factor
+        else:
+            side = generations.shape[2]
+        if frechet == "scorer" and side != scenes.RESOLUTION:
+            raise ValueError(f"frechet=scorer needs pictures of {scenes.RESOLUTION} px, found {side} px")
+        if frechet == "measure" and (width := measure.features(np.zeros((1, side, side, 3), np.uint8)).shape[1]) > MOST_FEATURES:
+            raise ValueError(f"frechet=measure: {measure.name} has {width:,} features of pictures of {side} px, and with more than "
+                             f"{MOST_FEATURES:,} a Frechet distance takes hours: use clip, or a measure of SSCD")  # fmt: skip
+        training = training_pictures(run, asked, side) if state.is_main_process else {}
+        if generations is None:
+            generations = _generations(run_dir, settings, pipeline, state, progress)  # [P, S, H, W, 3]
+        del pipeline  # the measure wants its room on the device
+        closest = None
+        if nearest:
+            facts = {"generations": settings, "measure": measure.facts(), "samples": run.experiment.fingerprint(),
+                     "flipped": run.config.data.random_flip}  # fmt: skip
+            parts = Parts(run_dir / PARTS, "nearest", facts, state)
+            closest = find_nearest(generations.reshape(-1, *generations.shape[2:]), run, measure, parts, progress)
+        if state.is_main_process:
+            result = measure.facts() | {"steps": steps, "guidance_scale": guidance_scale, "near_copies": near_copies}
+            result |= {"clip": clip} if clip else {}
+            result |= measured(run, asked, generations, training, measure, closest, model)
+            result["filter"] = _judged(run)
+            if frechet:
+                extract = {"scorer": scorer_features, "clip": model and model.image_features, "measure": measure.features}
+                result["frechet"] = {"features": frechet} | _distances(run, asked, generations, extract[frechet])
+            nothing = np.zeros((side, side, 3), np.uint8)
+            known = np.stack([training.get(i, nothing) for i in range(len(asked))])
+            _write(run_dir, result, generations, known, fingerprint(settings))
+        state.wait_for_everyone()
     return json.loads((run_dir / EVALUATION).read_text(encoding="utf-8"))
+
+
+@contextmanager
+def _alone(run_dir: Path, state: PartialState) -> Iterator[None]:
+    """As long as no other call evaluates the run.
+
+    Raises:
+        BlockingIOError: one does.
+    """
+    with ExitStack() as holding:
+        from_main(state, lambda: holding.enter_context(held(run_dir / ".evaluation.lock")))
+        yield
 
 
 def require_sensible(

@@ -29,7 +29,7 @@ def nearest(
         ValueError: none could be read.
     """
     made, side, total = measure.features(generations), generations.shape[1], len(run.experiment.keys)
-    block = min(BLOCK, max(64, BYTES // made[0].nbytes))
+    block = min(BLOCK, max(64, BYTES // made[0].nbytes)) // (1 + run.config.data.random_flip)  # twice as many views
 
     def work(number: int) -> dict[str, np.ndarray]:
         import faiss

@@ -32,7 +32,7 @@ def fingerprint(facts: dict) -> str:
 class Parts:
     """Results of one kind, in a directory that is named for what decides them, so that no others get between.
 
-    Every process makes it and runs it. Nobody else can have it as long as it is there.
+    Every process of a call makes it and runs it. No other call, in processes of its own, can have it as long as it is there.
 
     Args:
         directory: for all kinds; what was left there of the same kind, made otherwise, is removed.

@@ -142,7 +142,7 @@ def readable_factor(scheduler, timestep) -> float:
 
 
 def first_readable(scheduler, steps: int) -> int:
-    """How many of so many steps have to be made until a norm can be read: 1, or 2 where the first is at zero terminal SNR.
+    """How many of so many steps have to be made until a norm can be read: 1, or more where the first is at zero terminal SNR.
 
     Raises:
         ValueError: none can be read.

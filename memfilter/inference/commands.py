@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import sys
 from pathlib import Path
 from typing import Literal
@@ -89,12 +88,12 @@ def detect(
     if "anisotropy" in rivals:
         ground.spread(seeds)
     work = place.with_name(f".{place.name}.parts")
-    signals = chosen.measure([row["prompt"] for row in asked], sampling, work, rivals=rivals, measure=measured, **more)
+    signals, parts = chosen.measure([row["prompt"] for row in asked], sampling, work, rivals=rivals, measure=measured, **more)
     threshold, p_values = judge(signals, ground, false_positive_rate, counted)
     if chosen.state.is_main_process:
         rows = measured_rows(asked, signals, ground, threshold, p_values, first, whole=not quick)
         write_rows(rows, place)
-        shutil.rmtree(work, ignore_errors=True)
+        parts.remove()
         print(verdict(rows, threshold, false_positive_rate))
         print(place)
     end_processes()

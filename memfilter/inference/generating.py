@@ -128,9 +128,9 @@ def write_pictures(model: Model, prompts: list[str], sampling: Sampling, how: Mi
         For how many prompts something was changed.
     """
     out.mkdir(parents=True, exist_ok=True)
-    if model.state.is_main_process:  # the others begin when it has made the parts
-        _forget(out, {_name(number, seed) for number in range(len(prompts)) for seed in range(sampling.seeds)})
     parts = model.parts(out / ".parts", "generate", sampling, prompts=prompts, how=asdict(how), batch_size=batch_size)
+    if model.state.is_main_process:  # once no other call is at work; what the other processes begin to make stays
+        _forget(out, {_name(number, seed) for number in range(len(prompts)) for seed in range(sampling.seeds)})
 
     def work(number: int) -> dict[str, np.ndarray]:
         made = generate_prompt(model.pipeline, prompts[number], sampling, how, number, batch_size)

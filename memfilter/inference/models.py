@@ -64,12 +64,12 @@ class Model:
         measure: Measure = PIXELS,
         batch_size: int = 16,
         until: int | None = None,
-    ) -> Signals:
-        """`measure_prompts`, whose results are kept in a directory as they come."""
+    ) -> tuple[Signals, Parts]:
+        """`measure_prompts`, and where its results were kept as they came: to be removed once they are written elsewhere."""
         facts = {"prompts": prompts, "rivals": list(rivals), "batch_size": batch_size, "until": until}
         parts = self.parts(work, "detect", sampling, **facts, **(measure.facts() if rivals else {}))
         return measure_prompts(self.pipeline, prompts, sampling, rivals=rivals, measure=measure, batch_size=batch_size,
-                               until=until, parts=parts)  # fmt: skip
+                               until=until, parts=parts), parts  # fmt: skip
 
     def clean_prompts(self, file: Path | None = None, count: int = CLEAN_PROMPTS) -> list[str]:
         """Prompts that are known not to be memorized: from a file, or captions of clipart scenes that nobody has seen, half of

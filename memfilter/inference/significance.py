@@ -6,6 +6,8 @@ import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
+from itertools import islice
 
 import torch
 from torch import Tensor, nn
@@ -52,7 +54,7 @@ def token_significance(
         batch_size: pictures at a time.
 
     Returns:
-        The prompt's words, in order; every vector of a textual inversion stands for a word.
+        The prompt's words, in order; a textual inversion has the tokens of all its vectors.
 
     Raises:
         ValueError: a step that the sampler does not make, or whose norm cannot be read or is not finite.
@@ -69,8 +71,16 @@ def token_significance(
         with named(jobs), frozen(pipeline.unet):
             found = [embedding_gradient(pipeline, calls[step])[1] for step in steps]  # [B, L, D] each
         scores.append(torch.stack([gradient.float().norm(dim=-1) for gradient in found]).mean(0))  # [B, L]
-    encoded = pipeline.maybe_convert_prompt(prompt, pipeline.tokenizer)  # an inversion may have several vectors
-    return words_of(pipeline.tokenizer, encoded, torch.cat(scores).mean(0).tolist())
+    # a word of the prompt may be encoded as several: a textual inversion of several vectors
+    encoded_as = partial(getattr(pipeline, "maybe_convert_prompt", lambda text, tokenizer: text), tokenizer=pipeline.tokenizer)
+    encoded = iter(words_of(pipeline.tokenizer, encoded_as(prompt), torch.cat(scores).mean(0).tolist()))
+    return [_joined(word, [*islice(encoded, len(encoded_as(word).split()))]) for word in prompt.split()]
+
+
+def _joined(text: str, parts: list[Word]) -> Word:
+    """A word of its parts."""
+    tokens = tuple(token for part in parts for token in part.tokens)
+    return Word(text, max((score for _, score in tokens), default=None), tokens)
 
 
 def embedding_gradient(pipeline, call: Call, prompt_embeds: Tensor | None = None) -> tuple[Tensor, Tensor]:

@@ -28,6 +28,7 @@ from memfilter.eval.measuring import measured, training_pictures
 from memfilter.eval.parts import Parts
 from memfilter.eval.runs import FinishedRun, Prompt
 from memfilter.eval.sscd import Sscd
+from memfilter.files import held
 from memfilter.pipelines import load_trained
 from memfilter.processes import from_main, processes
 
@@ -461,6 +462,18 @@ def test_parts_of_other_settings_and_half_written_ones_are_removed(tmp_path):
     assert [part["x"].item() for part in found] == [5, 6]
     assert sorted(path.name for path in directory.iterdir()) == ["000000.npz", "000001.npz"]
     assert len(list(tmp_path.glob("nearest-*/*.npz"))) == 1
+
+
+def test_run_is_evaluated_by_one_call_at_a_time(scenes_copy):
+    with held(scenes_copy / ".evaluation.lock"):
+        if not (other := os.fork()):
+            try:
+                evaluate_run(scenes_copy, **SHORT)
+            except BlockingIOError:
+                os._exit(7)
+            os._exit(0)
+        assert os.waitstatus_to_exitcode(os.waitpid(other, 0)[1]) == 7
+    assert not list(scenes_copy.glob("evaluation*"))
 
 
 def test_parts_are_of_one_call_at_a_time(tmp_path):

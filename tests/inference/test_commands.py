@@ -15,6 +15,7 @@ from PIL import Image
 
 from memfilter.cli import main
 from memfilter.eval.generate import Job, generate_batch
+from memfilter.files import held
 from memfilter.inference import CleanNorms, Sampling, detection, generating, measure_prompts, token_significance
 from memfilter.inference.models import SHIPPED, SHIPPED_PROMPTS, Model
 from memfilter.pipelines import load_pipeline, model_dir
@@ -358,6 +359,19 @@ def test_mitigation_that_was_interrupted_goes_on(directory, clean_file, files, m
     assert main(generate(directory, files / "out", *settings)) == 0
     assert len(calls) == 5  # of four prompts; the third was begun twice
     assert (files / "out" / "pictures.jsonl").read_text() == (files / "whole" / "pictures.jsonl").read_text()
+
+
+def test_generation_beside_another_in_the_same_directory_is_refused_and_touches_nothing(directory, files, capsys):
+    out = files / "out"
+    assert main(generate(directory, out, "--prompt=a dog")) == 0
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    (out / ".parts").mkdir()
+    with held(out / ".parts" / ".generate.lock"):
+        if not (other := os.fork()):
+            os._exit(main(generate(directory, out, "--prompt=a cat", "--seeds=1")) + 6)
+        assert os.waitstatus_to_exitcode(os.waitpid(other, 0)[1]) == 7
+    (out / ".parts").rmdir()
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
 
 
 def test_pictures_of_a_call_that_was_interrupted_give_way_too(directory, files, monkeypatch):

@@ -197,7 +197,8 @@ def read_evaluation(run: Path) -> dict:
 
 def common_evaluation(runs: pd.DataFrame) -> dict | None:
     """How all runs were evaluated: measure, what memorized_above is and, as ``limits``, which there are, steps, guidance_scale,
-    clip, the figure that is their agreement, and how many prompts and pictures with a similarity; None where no run says.
+    clip, the sum of the measure's file, near_copies, the figure that is their agreement, and how many prompts and pictures with a
+    similarity; None where no run says.
 
     Raises:
         ReportError: they were not evaluated alike, so that their figures mean different things.
