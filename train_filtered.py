@@ -11,6 +11,15 @@ import time
 
 
 def main(argv: list[str] | None = None) -> int:
+    try:
+        return _main(argv)
+    except ModuleNotFoundError as error:
+        from memfilter.cli import EXTRAS, report_missing
+
+        return report_missing(error, "train" if (error.name or "").partition(".")[0] in EXTRAS else None)
+
+
+def _main(argv: list[str] | None) -> int:
     from memfilter.arguments import parse
     from memfilter.cli import quiet_libraries, report_error
     from memfilter.config import ConfigError

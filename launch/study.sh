@@ -14,7 +14,7 @@ for seed in 311 312 313; do
 done
 python benchmarks/study.py --begin # what docs/results has is not run again
 failed=0 # a run that fails fails the sweep, and what the others say is shown all the same
-memfilter sweep configs/sweeps/study.yaml --out=runs/study --processes="$(nproc)" \
+memfilter sweep configs/sweeps/study.yaml --out=runs/study --processes="$(env -u OMP_NUM_THREADS nproc)" \
     --evaluate="--distinct=40 --seeds=4 --steps=10" || failed=$?
 memfilter report runs/study
 exit $failed

@@ -72,6 +72,7 @@ def _parser(description: str, usage: str | None):
 
 # jsonargparse raises an ArgumentError, and what it meets in broken files as it comes; ArgumentError is an Exception only
 _UNREADABLE = (ArgumentError, TypeError, ValueError, OSError)
+_SECTIONS = {section for section, _ in settings_of(Config)}
 _NUMBERS = {f"{section}.{setting.name}" for section, setting in settings_of(Config) if "float" in setting.type}
 _NULLABLE = {f"{section}.{setting.name}" for section, setting in settings_of(Config) if "None" in setting.type}
 _INFINITIES = {"inf": ".inf", "-inf": "-.inf", "nan": ".nan"}
@@ -98,11 +99,14 @@ def _sort_out(argv: list[str], build: Callable[[list[str]], Config]) -> tuple[li
     good, errors = [], []
     for name, value, where in _settings(argv, errors):
         kind = known.get(name.removesuffix("+"))  # --model.lora_targets+=x adds to a list
+        if value is None and name in _SECTIONS:
+            errors.append(f"{where}{name} is empty: leave it out, or say what is set")
+            continue
         if kind is None:
             near = difflib.get_close_matches(name, known, n=1)
             errors.append(f"{where}{name} is no setting" + (f": did you mean {near[0]}?" if near else ", see --help"))
             continue
-        if kind.startswith("str") and isinstance(value, bool | int | float | list):
+        if kind.startswith(("str", "Literal")) and isinstance(value, bool | int | float | list):  # YAML takes no and off for false
             errors.append(f"{where}{name}={value!r}: expected text, so write it in quotes")
             continue
         plain = value if isinstance(value, str) else json.dumps(value, default=str).replace("Infinity", "inf")
@@ -129,19 +133,20 @@ def _settings(argv: list[str], errors: list[str]) -> Iterator[tuple[str, object,
             continue
         if not given:
             value = words.pop(0) if words and not words[0].startswith("--") else ""
-        if name != "config":
+        of_section = name in _SECTIONS and value.lstrip().startswith("{")  # --train={samples: 8}
+        if name != "config" and not of_section:
             yield name, value, ""
             continue
         try:
             content = yaml.safe_load(value if value.lstrip().startswith("{") else Path(value).read_text())
         except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
-            errors.append(f"--config {value}: {' '.join(str(error).split())}")
+            errors.append(f"--{name} {value}: {' '.join(str(error).split())}")
             continue
         if not isinstance(content, dict):
-            errors.append(f"--config {value}: expected settings, found {type(content).__name__}")
+            errors.append(f"--{name} {value}: expected settings, found {type(content).__name__}")
             continue
-        for leaf, setting in _leaves(content):
-            yield leaf, setting, f"{value}: "
+        for leaf, setting in _leaves(content, f"{name}." if of_section else ""):
+            yield leaf, setting, "" if of_section else f"{value}: "
 
 
 def _leaves(tree: dict, prefix: str = "") -> Iterator[tuple[str, object]]:

@@ -270,16 +270,20 @@ def report_error(error: Exception) -> int:
     return 1
 
 
+def report_missing(error: ModuleNotFoundError, extra: str | None) -> int:
+    """As `report_error`, with what installs the package; raises the error where no extra does."""
+    if extra is None:
+        raise error
+    return report_error(ValueError(f"this needs the package {error.name}: pip install '.[{extra}]'"))
+
+
 def main(argv: list[str] | None = None) -> int:
     try:
         return _main(sys.argv[1:] if argv is None else argv)
     except (ValueError, OSError) as error:
         return report_error(error)
     except ModuleNotFoundError as error:
-        extra = EXTRAS.get((error.name or "").partition(".")[0])
-        if extra is None:
-            raise
-        return report_error(ValueError(f"this needs the package {error.name}: pip install '.[{extra}]'"))
+        return report_missing(error, EXTRAS.get((error.name or "").partition(".")[0]))
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130  # as shells have it

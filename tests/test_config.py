@@ -315,6 +315,22 @@ def test_null_is_refused_where_nothing_says_that_it_may_stand(tmp_path):
     ]  # fmt: skip
 
 
+@pytest.mark.parametrize(("content", "said"), [
+    ("train: {mixed_precision: no}", "train.mixed_precision=False: expected text, so write it in quotes"),
+    ("filter:\n  # tau: 3\n", "filter is empty: leave it out, or say what is set"),
+])  # fmt: skip
+def test_what_yaml_takes_for_something_else_is_told(tmp_path, content, said):
+    (tmp_path / "a.yaml").write_text(content)
+    assert refusal([f"--config={tmp_path / 'a.yaml'}"]) == [f"{tmp_path / 'a.yaml'}: {said}"]
+
+
+def test_section_on_the_command_line_is_no_error_of_its_own():
+    assert parse(['--train={"samples": 8}']).train.samples == 8
+    wrong = "filter.taau is no setting: did you mean filter.tau?"
+    assert refusal(['--train={"samples": 8}', "--run_dir={seed}", "--filter.taau=3"]) == [wrong]
+    assert refusal(['--train={"sampels": 8}']) == ["train.sampels is no setting: did you mean train.samples?"]
+
+
 def test_run_without_a_place_is_refused(tmp_path):
     (tmp_path / "a.yaml").write_text("run_dir: null\n")
     assert refusal([f"--config={tmp_path / 'a.yaml'}"]) == ["run_dir=null: expected text"]

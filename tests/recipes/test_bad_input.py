@@ -268,6 +268,13 @@ def test_model_directory_that_cannot_be_trained_is_named_in_one_line(
     assert not run.exists()
 
 
+def test_package_that_is_missing_is_named_with_what_installs_it(command, monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "jsonargparse", None)
+    monkeypatch.delitem(sys.modules, "memfilter.arguments")
+    code, lines = command(f"--run_dir={tmp_path / 'run'}")
+    assert (code, errors(lines)) == (1, ["this needs the package jsonargparse: pip install '.[train]'"])
+
+
 def test_real_process_ends_in_the_same_line_and_exit_code(tmp_path, scenes_dir):
     arguments = [f"--run_dir={tmp_path / 'run'}", f"--data.path={scenes_dir}"]
     code, lines = process(*arguments, "--filter.taau=3", "--train.seed=-1")

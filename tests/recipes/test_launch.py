@@ -381,8 +381,16 @@ def test_slurm_job_that_failed_ended_or_was_cancelled_is_not_requeued(code, stat
     stand_in(tmp_path / "bin" / "srun", f'echo "$MASTER_ADDR $WORLD_SIZE $SRUN_CPUS_PER_TASK $*"; exit {code}')
     output = run(script("slurm.sbatch", "--a=b c"), launching.ROOT, code=code, JOB_STATE=state, **slurm)
     assert output.startswith("127.0.0.1 2 1 --kill-on-bad-exit=0 ")
-    assert output.endswith(" --checkpoint.every=16000 --a=b c --checkpoint.resume=true\n")
+    assert output.endswith(" --a=b c --checkpoint.every=16000 --checkpoint.resume=true\n")
     assert len(requeued(tmp_path)) == requeues
+
+
+def test_slurm_job_has_checkpoints_whatever_a_file_says_and_as_the_command_line_says(slurm, tmp_path):
+    stand_in(tmp_path / "bin" / "srun", 'while [ "$1" != - ]; do shift; done; shift; for word; do echo "$word"; done')
+    (file := tmp_path / "my.yaml").write_text("checkpoint: {every: 0}\n")
+    for more, every in (((), 16_000), (("--checkpoint.every=7",), 7), (("--checkpoint.every", "9"), 9)):
+        words = run(script("slurm.sbatch", "--config", str(file), *more), launching.ROOT, **slurm).splitlines()
+        assert parse(words).checkpoint.every == every
 
 
 def test_slurm_job_under_deepspeed(slurm, tmp_path):
