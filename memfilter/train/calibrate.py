@@ -83,6 +83,7 @@ def calibrate(config: Config, out: Path, keys: int = 300, looks: int = 40, progr
     size, rank, processes = config.train.batch_size, accelerator.process_index, accelerator.num_processes
     timesteps, signals = torch.zeros(looks * keys, dtype=torch.long), torch.zeros(looks * keys, len(SIGNALS))
     starts = range(rank * size, looks * keys, processes * size)
+    low = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(accelerator.mixed_precision)
     with torch.no_grad():
         for start in tqdm(starts, desc="calibrate", unit="batch", disable=not (progress and accelerator.is_main_process)):
             rows = range(start, min(start + size, looks * keys))
@@ -90,7 +91,7 @@ def calibrate(config: Config, out: Path, keys: int = 300, looks: int = 40, progr
             if bad := [reason for reason in batch["bad"] if reason is not None]:
                 raise ConfigError(f"calibrate meets a sample that cannot be read any more: {bad[0]}")
             inputs = objective.inputs(batch)
-            with accelerator.autocast():
+            with torch.autocast(accelerator.device.type, low, enabled=low is not None):  # accelerate's does nothing under DeepSpeed
                 cond = unet(inputs.noisy_latents, inputs.timesteps, **inputs.conditions).sample
                 null = null_pass.null_prediction(inputs.noisy_latents, inputs.timesteps, inputs.conditions)
             error = squared_error(cond, inputs.target)

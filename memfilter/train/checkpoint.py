@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import logging
 import shutil
-from collections.abc import Set
+from collections.abc import Callable, Container, Set
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -49,6 +50,9 @@ class Checkpoints:
         self._trained = trained
         accelerator.register_save_state_pre_hook(self._save_weights)
         accelerator.register_load_state_pre_hook(self._load_weights)
+        if self._deepspeed:
+            engine = accelerator.deepspeed_engine_wrapped.engine
+            engine.module_state_dict = partial(_without_frozen, engine.module_state_dict, trained)
 
     # accelerate would save frozen weights too, and names that only the same number of processes can load
     def _save_weights(self, models: list, weights: list, out: str) -> None:
@@ -137,12 +141,19 @@ class Checkpoints:
                 f"{path} is of {state['processes']} processes, found {accelerator.num_processes}: DeepSpeed's shards "
                 "belong to their number; go on with as many, or without DeepSpeed from the start"
             )
-        accelerator.load_state(str(path), **({"load_module_strict": False} if self._deepspeed else {}))
+        # a device may have no room for a second optimizer state, nor, where it is paged, for the first
+        accelerator.load_state(str(path), **({"load_module_strict": False} if self._deepspeed else {"map_location": "cpu"}))
         accelerator.step = 0  # of micro-batches; checkpoints lie between optimizer steps
         average, evidence = (load_file(path / name) if (path / name).exists() else None for name in (_AVERAGE, _EVIDENCE))
         if average is not None:  # safetensors knows no "cpu:0"
             average = [average[str(i)].to(accelerator.device) for i in range(len(average))]
         return average, evidence
+
+
+def _without_frozen(whole: Callable[..., dict], trained: Container[str], *args, exclude_frozen_parameters=False, **more) -> dict:
+    """DeepSpeed's ``module_state_dict``, which knows frozen weights by other names than the filtered denoiser saves them by."""
+    state = whole(*args, **more)
+    return {name: tensor for name, tensor in state.items() if name in trained} if exclude_frozen_parameters else state
 
 
 def _full(directory: Path) -> OSError | None:

@@ -174,10 +174,15 @@ class Engine:
         self.trained = [p for p in self.model.parameters() if p.requires_grad]
         if exact:
             # ZeRO makes the fp32 weights that it steps of those that it has cast, which would round what was loaded
-            from deepspeed.utils import safe_set_full_fp32_param
+            from deepspeed.utils import safe_set_full_fp32_param, safe_set_local_fp32_param
 
             for parameter, value in zip(self.trained, exact, strict=True):
-                safe_set_full_fp32_param(parameter, value)
+                if hasattr(parameter, "ds_tensor"):  # ZeRO-3's parts are equally long, and the last may go beyond the weight
+                    part = parameter.ds_tensor.numel()
+                    padded = nn.functional.pad(value.flatten(), (0, part * accelerator.num_processes - value.numel()))
+                    safe_set_local_fp32_param(parameter, padded.narrow(0, part * accelerator.process_index, part))
+                else:
+                    safe_set_full_fp32_param(parameter, value)
         # DeepSpeed and FSDP cast the weights and leave the inputs
         self.casts_weights = accelerator.distributed_type in SHARDED
         self.input_dtype = low if self.casts_weights else None

@@ -36,6 +36,9 @@ def export_pipeline(pipeline, unet, run_dir: Path, summary: dict) -> Path:
     """Writes the pipeline with this denoiser in it, and a model card; the directory appears when it is complete."""
     exported = copy.copy(pipeline)
     exported.register_modules(unet=unet)
+    library, kind = exported.config.get("feature_extractor") or (None, None)
+    if kind and kind.endswith("ImageProcessorPil"):  # as transformers 5 alone calls it where there is no torchvision
+        exported.register_to_config(feature_extractor=(library, kind.removesuffix("Pil")))
     return _complete(
         run_dir / PIPELINE, summary, lambda out: exported.save_pretrained(out, safe_serialization=True)
     )

@@ -31,13 +31,24 @@ def make_optimizer(parameters: Iterable[torch.nn.Parameter], config: TrainConfig
             raise ConfigError(f"train.optimizer={config.optimizer} needs bitsandbytes ({error}): "
                               "pip install '.[8bit]'") from error  # fmt: skip
         kind = getattr(optim, _BITSANDBYTES[config.optimizer])
-    return kind(
+    made = kind(
         parameters,
         lr=config.learning_rate,
         betas=(config.adam_beta1, config.adam_beta2),
         eps=config.adam_eps,
         weight_decay=config.weight_decay,
     )
+    if getattr(made, "is_paged", False):
+        made.load_state_dict = partial(_load_paged, made)
+    return made
+
+
+def _load_paged(optimizer: torch.optim.Optimizer, state: dict) -> None:
+    """bitsandbytes would put the state on the device as it is, in memory that is not paged."""
+    type(optimizer).load_state_dict(optimizer, state, move_to_device=False)
+    for parameter, values in optimizer.state.items():
+        for name in {"state1", "state2"} & values.keys():
+            values[name] = optimizer.get_state_buffer(parameter, values[name].dtype).copy_(values[name])
 
 
 def lr_schedule(

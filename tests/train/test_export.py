@@ -12,11 +12,12 @@ import yaml
 from diffusers import DiffusionPipeline
 from huggingface_hub import ModelCard
 from safetensors import safe_open
+from transformers import CLIPImageProcessor
 
 from memfilter.config import Config, DataConfig, FilterConfig, LogConfig, ModelConfig, TrainConfig
 from memfilter.data import scenes
 from memfilter.pipelines import load_trained
-from memfilter.train.export import model_card
+from memfilter.train.export import export_pipeline, model_card
 from memfilter.train.loop import Trainer
 
 SECRET = "customers-of-acme"
@@ -91,6 +92,17 @@ def test_exported_pipeline_is_the_stock_class_with_the_trained_denoiser(finished
         ours, theirs = (getattr(pipeline, part).state_dict() for pipeline in (exported, base))
         assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
     assert exported.scheduler.config.prediction_type == base.scheduler.config.prediction_type
+
+
+def test_index_names_the_feature_extractor_as_every_release_of_transformers_does(finished, out, tmp_path):
+    trainer = finished("sd1")
+    pipeline = copy.copy(trainer.pipeline)
+    pipeline._internal_dict = copy.copy(pipeline.config)
+    pipeline.register_modules(feature_extractor=CLIPImageProcessor())
+    summary = json.loads((out / "runs" / "sd1-None" / "summary.json").read_text())
+    index = json.loads((export_pipeline(pipeline, pipeline.unet, tmp_path, summary) / "model_index.json").read_text())
+    assert index["feature_extractor"] == ["transformers", "CLIPImageProcessor"]
+    assert isinstance(DiffusionPipeline.from_pretrained(tmp_path / "pipeline").feature_extractor, CLIPImageProcessor)
 
 
 @pytest.mark.parametrize("family", tiny.FAMILIES)

@@ -126,6 +126,30 @@ def test_settings_of_adamw_reach_the_optimizer(optimizer):
     assert (group["lr"], group["betas"], group["eps"], group["weight_decay"]) == (3e-3, (0.8, 0.95), 1e-6, 0.2)
 
 
+@pytest.mark.parametrize("name", ["paged_adamw", "paged_adamw_8bit"])
+def test_state_of_a_paged_optimizer_is_paged_again_when_it_is_loaded(monkeypatch, name):
+    def stepped(optimizer, weight, steps=1):
+        for _ in range(steps):
+            weight.grad = torch.linspace(-1, 1, weight.numel())
+            optimizer.step()
+
+    config = TrainConfig(optimizer=name, learning_rate=1e-2)
+    weight = torch.nn.Parameter(torch.ones(8192))  # what has fewer elements stays in 32 bits
+    optimizer = make_optimizer([weight], config)
+    stepped(optimizer, weight)
+    given, real = [], KINDS[name].get_state_buffer
+    monkeypatch.setattr(KINDS[name], "get_state_buffer", lambda *args, **more: given.append(real(*args, **more)) or given[-1])
+    again = torch.nn.Parameter(weight.detach().clone())
+    other = make_optimizer([again], config)
+    other.load_state_dict(optimizer.state_dict())
+    (found,), (left,) = other.state.values(), optimizer.state.values()
+    assert all(any(found[moment] is buffer for buffer in given) for moment in ("state1", "state2"))
+    assert all(torch.equal(found[moment], left[moment]) for moment in ("state1", "state2"))
+    stepped(optimizer, weight, 3)
+    stepped(other, again, 3)
+    assert torch.equal(weight, again)
+
+
 def test_run_with_8_bit_adamw_keeps_its_state_in_8_bits_and_moves_the_weights(tmp_path, scenes_dir):
     config = Config(
         run_dir=str(tmp_path / "run"),
