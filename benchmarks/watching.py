@@ -5,7 +5,7 @@
 For DDIM, DPM-Solver++ and Euler: generations of 10 steps in blocks of four, plain and watched in turn and then the other way
 round, and the median of the blocks' ratios with a 95% interval (bootstrap over blocks). The pictures are compared bit by bit. The
 model is tiny: what watching adds to a step is the same for a large one, beside whose steps it is nothing. The table goes to
-docs/results/watching.md; exit code 1 if a picture differs or the interval reaches above 1.02. Some ten minutes.
+docs/results/watching.md; exit code 1 if a picture differs or the interval reaches above 1.02.
 """
 
 from __future__ import annotations

@@ -103,8 +103,8 @@ def watch(
 
     The predictions with and without prompt, which classifier-free guidance makes, are those whose difference is
     measured; a negative prompt takes the place of the empty one there. Any scheduler of diffusers but EDM's will do (where v
-    is predicted, not Euler's with timestep_type=continuous). A second-order one calls the denoiser more often than once a step; each call
-    counts as a step here.
+    is predicted, not Euler's with timestep_type=continuous). A second-order one calls the denoiser more often than once a
+    step; each call counts as a step here.
 
     Args:
         pipeline: StableDiffusionPipeline, StableDiffusionXLPipeline, or one with ``unet`` and
