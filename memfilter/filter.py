@@ -455,7 +455,8 @@ class MemFilter:
         rows, mine = _of_all_ranks(parts, device)
         slots, audit, timesteps, keep = rows[:, :4].T
         step = Step(slots.long(), timesteps.long(), rows[:, 4:].float(), audit.bool())
-        p_values, evidence = self.evidence.update(step, gone_by + len(rows))
+        with torch.inference_mode():  # some hundred operations on a few numbers: without it a fifth more time
+            p_values, evidence = self.evidence.update(step, gone_by + len(rows))
         for verdict, place in zip(verdicts, mine, strict=True):
             verdict.p_value, verdict.evidence = p_values[place], evidence[place]
         return int(keep.sum())
