@@ -158,8 +158,8 @@ def main() -> None:
     os.chdir(ROOT)
     table = args.out / "evidence_costs.csv"
     rows = current(table)
-    for seed in args.seeds:
-        for scenario in SCENARIOS:
+    for scenario in SCENARIOS:
+        for seed in args.seeds:
             if (scenario, str(seed)) not in {(row["scenario"], str(row["seed"])) for row in rows}:
                 rows += measure(args.work_dir, scenario, seed)
                 write_csv(table, COLUMNS, rows)
