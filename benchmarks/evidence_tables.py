@@ -125,9 +125,9 @@ def effects(table: Table, results: Path) -> list[str]:
         raise SystemExit(f"{results / 'evidence_costs.csv'} has times, and evidence.csv no rows of (a) {' '.join(UNSAVED)}: run "
                          "benchmarks/evidence.py, or give --out the directory of both")  # fmt: skip
     lines = ["## What evidence costs, and what of its effect is left", "",
-             "Times to those of no filter, by `python benchmarks/evidence_costs.py`: of a step that was computed, and of the whole run, "
-             "which is shorter by the samples that were passed over. The effect is the fall of the memorization rate on (a), as a share "
-             "of that of evidence without savings, with a 95% interval by bootstrap over seeds.", "",
+             "CPU time to that of no filter, by `python benchmarks/evidence_costs.py`: of a step, in turns of a step each, and of the "
+             "whole run, which is so many fewer steps where samples are passed over. The effect is the fall of the memorization rate on "
+             "(a), as a share of that of evidence without savings, with a 95% interval by bootstrap over seeds.", "",
              "| setting | seeds | share of the effect | passes | step on (a) | step on (d) | run on (a) | run on (d) |",
              "|---" * 8 + "|"]  # fmt: skip
     met: dict[str, list[str]] = {"step_ratio": [], "time_ratio": []}
@@ -143,7 +143,7 @@ def effects(table: Table, results: Path) -> list[str]:
                 names.append(setting[1])
     asked = ", ".join(f"{limit:.2f} of no filter's time on ({scenario})" for scenario, limit in LIMITS.items())
     met = {kind: ", ".join(names) or "none" for kind, names in met.items()}
-    return [*lines, "", f"At most {asked}, and at least {KEPT:.0%} of the effect, has, of a step that was computed: {met['step_ratio']}; "
+    return [*lines, "", f"At most {asked}, and at least {KEPT:.0%} of the effect, has, of a step: {met['step_ratio']}; "
             f"of the whole run, which sees as many samples: {met['time_ratio']}.", ""]  # fmt: skip
 
 

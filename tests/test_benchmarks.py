@@ -180,11 +180,11 @@ def test_share_of_the_effect_is_of_evidence_without_savings(table, tmp_path):
     own = f"0.90 ({1 - 0.04 / 0.2:.2f} to {1 - 0.04 / 0.6:.2f})"
     assert f"| with savings | 3 | {own} | 0.150 | {both[1]} | 1.200 | {both[0]} | 1.100 |" in lines
     assert "| without savings | 3 | 1.00 (1.00 to 1.00) | 1.000 |  |  |  |  |" in lines
-    assert lines[-2].endswith("has, of a step that was computed: none; of the whole run, which sees as many samples: with savings.")
+    assert lines[-2].endswith("has, of a step: none; of the whole run, which sees as many samples: with savings.")
     (tmp_path / "evidence_costs.csv").write_text(
         "scenario,method,setting,time_ratio,step_ratio\na,evidence,with savings,1.04,1.03\nd,evidence,with savings,1.1,1.1\n"
     )
-    assert "of a step that was computed: with savings; of the whole run, which sees as many samples: none" in module.effects(
+    assert "of a step: with savings; of the whole run, which sees as many samples: none" in module.effects(
         rows, tmp_path)[-2]  # fmt: skip
     module.draw_costs(rows, tmp_path)
     assert (tmp_path / "evidence_costs.png").stat().st_size > 10_000
