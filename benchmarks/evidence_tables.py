@@ -195,6 +195,7 @@ def draw_costs(table: Table, results: Path) -> None:
         axis.axhline(KEPT, color="#868e96", lw=1, ls="--")
         axis.set_title(NAMES[scenario], fontsize=9)
         axis.set_xlabel("time of a step, to that of no filter")
+        axis.margins(x=0.2)  # names are to the right of their points
         axis.grid(alpha=0.25)
     figure.axes[0].set_ylabel("share of the effect on (a)")
     _save(figure, results / "evidence_costs.png")
