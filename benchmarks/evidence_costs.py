@@ -8,8 +8,7 @@ step is everything from one batch to the next: samples passed over, reading, bot
 the CPU seconds of a step (step_ratio), over the steps that every setting has made, since a run that is left alone with few others
 has the machine's caches to itself and makes its steps in less time; and those of the whole run (time_ratio), which are so many
 fewer steps where samples are passed over. docs/results/evidence_costs.csv has a row for each run; benchmarks/evidence_tables.py
-holds them against what they spare. About an hour a seed; seeds and scenarios of which the table has all rows, by the present
-recipes, are not run again.
+holds them against what they spare. Seeds and scenarios of which the table has all rows, by the present recipes, are not run again.
 """
 
 from __future__ import annotations
@@ -128,15 +127,22 @@ def measure(work: Path, scenario: str, seed: int) -> list[dict]:
         for run in runs.values():
             run.process.kill()
             run.process.join()
-    together, none = min(len(run.clock) - 1 for run in runs.values()), runs[COMPARED[0]]
+    rows = rows_of(runs)
+    for method, row in zip(runs, rows, strict=True):
+        row |= {"scenario": scenario, "seed": seed, "recipe": made_by[method]}
+        print(scenario, *method, f"step {row['step_ratio']:.3f}, run {row['time_ratio']:.3f}", flush=True)
+    return rows
+
+
+def rows_of(runs: dict[tuple[str, str], Run]) -> list[dict]:
+    """What the clocks of all runs say; the first is without a filter."""
+    together, none = min(len(run.clock) - 1 for run in runs.values()), next(iter(runs.values()))
     rows = []
-    for method, run in runs.items():
+    for (method, setting), run in runs.items():
         step = run.seconds(together)
         ratio = step / none.seconds(together)
-        rows.append({"scenario": scenario, "method": method[0], "setting": method[1], "seed": seed, "step_seconds": step,
-                     "steps": run.steps, "step_ratio": ratio, "time_ratio": ratio * run.steps / none.steps,
-                     "recipe": made_by[method]})  # fmt: skip
-        print(scenario, *method, f"step {rows[-1]['step_ratio']:.3f}, run {rows[-1]['time_ratio']:.3f}", flush=True)
+        rows.append({"method": method, "setting": setting, "step_seconds": step, "steps": run.steps, "step_ratio": ratio,
+                     "time_ratio": ratio * run.steps / none.steps})  # fmt: skip
     return rows
 
 
@@ -154,9 +160,9 @@ def current(table: Path) -> list[dict]:
 
 def main() -> None:
     args = parser(__doc__, "runs/clipart", SEEDS, processes=False).parse_args()
+    table = args.out.resolve() / "evidence_costs.csv"
     os.environ.update(ENVIRONMENT)
-    os.chdir(ROOT)
-    table = args.out / "evidence_costs.csv"
+    os.chdir(ROOT)  # settings name files from there
     rows = current(table)
     for scenario in SCENARIOS:
         for seed in args.seeds:

@@ -455,7 +455,7 @@ class MemFilter:
         rows, mine = _of_all_ranks(parts, device)
         slots, audit, timesteps, keep = rows[:, :4].T
         step = Step(slots.long(), timesteps.long(), rows[:, 4:].float(), audit.bool())
-        with torch.inference_mode():  # some hundred operations on a few numbers: without it a fifth more time
+        with torch.inference_mode():  # many operations on a few numbers: what torch does around each of them counts
             p_values, evidence = self.evidence.update(step, gone_by + len(rows))
         for verdict, place in zip(verdicts, mine, strict=True):
             verdict.p_value, verdict.evidence = p_values[place], evidence[place]

@@ -2,7 +2,9 @@
 
 import csv
 import importlib
+import itertools
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -160,6 +162,23 @@ def test_costs_are_measured_again_unless_all_rows_of_a_seed_are_of_the_present_r
     assert {(row["scenario"], row["seed"]) for row in costs.current(table)} == {("a", "321")}
     common.write_csv(table, costs.COLUMNS[:-1], [{name: row[name] for name in costs.COLUMNS[:-1]} for row in rows])
     assert costs.current(table) == []
+
+
+def test_steps_are_compared_over_those_that_all_runs_have_made_and_runs_by_how_many_they_make(benchmark):
+    costs = benchmark("evidence_costs")
+
+    def run(method: str, *seconds: float):
+        made = object.__new__(costs.Run)
+        rule, budget = SimpleNamespace(method=method, replace=True), SimpleNamespace(samples=400, batch_size=8)
+        made.config, made.clock = SimpleNamespace(filter=rule, train=budget), [0.0, *itertools.accumulate(seconds)]
+        return made
+
+    warm_up = [9.0] * costs.WARM_UP
+    plain = run("tau", *warm_up, *[1.0] * 10, *[0.5] * 20)  # left alone it is faster; it was stopped before its end
+    found = costs.rows_of({("none", ""): plain, ("evidence", "x"): run("evidence", *warm_up, *[1.0, 1.4] * 5)})
+    assert [row["steps"] for row in found] == [50, costs.WARM_UP + 10]
+    assert [row["step_ratio"] for row in found] == pytest.approx([1, 1.2])
+    assert [row["time_ratio"] for row in found] == pytest.approx([1, 1.2 * (costs.WARM_UP + 10) / 50])
 
 
 def test_share_of_the_effect_is_of_evidence_without_savings(table, tmp_path):
