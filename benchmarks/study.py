@@ -146,13 +146,33 @@ class Study:
                 lines.append(f"{_named(other)}: {NO_SETTING}")
                 continue
             pair = self.pairs(own, other)
-            lines.append(f"{_named(other)}: {', '.join(f'{rate:.3f}' for rate in pair[:, 1])}; {_named(own)}: "
-                         f"{', '.join(f'{rate:.3f}' for rate in pair[:, 0])}; {_halved(pair)}")  # fmt: skip
+            agree = (f"agreement {self.means.loc[setting, 'agreement_distinct']:.3f}" for setting in (own, other))
+            named = [f"{_named(setting)} ({agrees})" for setting, agrees in zip((own, other), agree, strict=True)]
+            lines.append(f"{named[1]}: {_by_seed(pair[:, 1])}; {named[0]}: {_by_seed(pair[:, 0])}; {_halved(pair)}")
         return lines
+
+    def at_equal_agreement(self, methods: Methods, others: Methods) -> str:
+        """The best setting of some methods, and what a setting of others would memorize that agrees exactly as well: by seed, on
+        the straight lines between no filter, which is none of what they add, and their settings, over mean agreement."""
+        own = self.best(methods)
+        if own is None:
+            return NO_SETTING
+        curve = [(NONE, ""), *(s for s in self.settings if s[0] in others)]
+        rates = pd.concat({setting: self.of(setting, "memorization_rate") for setting in [own, *curve]}, axis=1, join="inner")
+        at, agreement = (self.means.loc[chosen, "agreement_distinct"] for chosen in (own, curve))
+        order = np.argsort(agreement.to_numpy())
+        between = [np.interp(at, agreement.to_numpy()[order], row.to_numpy()[order]) for _, row in rates[curve].iterrows()]
+        pair = np.column_stack([rates[own], between])
+        return (f"at {at:.3f}, where {_named(own)} memorizes {_by_seed(pair[:, 0])}, it would be {_by_seed(pair[:, 1])} on the lines "
+                f"between no filter and {', '.join(map(_named, curve[1:]))}; {_halved(pair)}")  # fmt: skip
 
 
 def _named(setting: Setting) -> str:
     return " ".join(setting).strip()
+
+
+def _by_seed(rates: np.ndarray) -> str:
+    return ", ".join(f"{rate:.3f}" for rate in rates)
 
 
 def _halved(pair: np.ndarray) -> str:
@@ -183,6 +203,7 @@ def comparisons(study: Study) -> list[str]:
     lines = [f"- {question} {study.against((own,), (other,))}" for question, own, other in asked]
     lines.append("- Does the best filter reach at most half the memorization of the best random tokens, in every seed? "
                  + study.against(FILTERS, RANDOM_TOKENS))  # fmt: skip
+    lines.append("- And at exactly the agreement of that filter, by seed: " + study.at_equal_agreement(FILTERS, RANDOM_TOKENS))
     lines.append("- The same beside every number of random tokens, by seed:")
     return lines + [f"  - {line}" for line in study.against_each(FILTERS, RANDOM_TOKENS)]
 
