@@ -43,7 +43,7 @@ from memfilter.sweep import read_sweep
 
 RUNS = "runs/clipart/runs"  # where the sweep has its runs
 FILTERS = ("tau", "timestep", "evidence")
-DEDUP = "dedup"
+DEDUP, AGC = "dedup", "agc"
 REFERENCES = (ORACLE, DEDUP)
 RANDOM_TOKENS = ("rta",)
 
@@ -151,20 +151,22 @@ class Study:
             lines.append(f"{named[1]}: {_by_seed(pair[:, 1])}; {named[0]}: {_by_seed(pair[:, 0])}; {_halved(pair)}")
         return lines
 
-    def at_equal_agreement(self, methods: Methods, others: Methods) -> str:
-        """The best setting of some methods, and what a setting of others would memorize that agrees exactly as well: by seed, on
-        the straight lines between no filter, which is none of what they add, and their settings, over mean agreement."""
-        own = self.best(methods)
-        if own is None:
-            return NO_SETTING
+    def at_equal_agreement(self, own: Setting, others: Methods) -> str:
+        """A setting, and what a setting of others would memorize that agrees exactly as well: by seed, on the straight lines between
+        no filter, which is none of what they add, and their settings, over mean agreement; where it agrees better than all of them,
+        the one that agrees best."""
         curve = [(NONE, ""), *(s for s in self.settings if s[0] in others)]
-        rates = pd.concat({setting: self.of(setting, "memorization_rate") for setting in [own, *curve]}, axis=1, join="inner")
-        at, agreement = (self.means.loc[chosen, "agreement_distinct"] for chosen in (own, curve))
-        order = np.argsort(agreement.to_numpy())
-        between = [np.interp(at, agreement.to_numpy()[order], row.to_numpy()[order]) for _, row in rates[curve].iterrows()]
+        if not {own, *curve} <= {*self.settings}:
+            return "not every run is there"
+        rates = pd.concat({setting: self.of(setting, "memorization_rate") for setting in {own, *curve}}, axis=1, join="inner")
+        at, agreement = self.means.loc[own, "agreement_distinct"], self.means.loc[curve, "agreement_distinct"].to_numpy()
+        order = np.argsort(agreement)
+        between = [np.interp(at, agreement[order], of_seed[order]) for of_seed in rates[curve].to_numpy()]
         pair = np.column_stack([rates[own], between])
-        return (f"at {at:.3f}, where {_named(own)} memorizes {_by_seed(pair[:, 0])}, it would be {_by_seed(pair[:, 1])} on the lines "
-                f"between no filter and {', '.join(map(_named, curve[1:]))}; {_halved(pair)}")  # fmt: skip
+        if len(pair) < 2:
+            return "fewer than two seeds in common"
+        return (f"{_named(own)} (agreement {at:.3f}): {_by_seed(pair[:, 0])}; {' or '.join(others)}: {_by_seed(pair[:, 1])}, less by "
+                f"{mean(pair[:, 1] - pair[:, 0])}; {_halved(pair)}")  # fmt: skip
 
 
 def _named(setting: Setting) -> str:
@@ -203,9 +205,12 @@ def comparisons(study: Study) -> list[str]:
     lines = [f"- {question} {study.against((own,), (other,))}" for question, own, other in asked]
     lines.append("- Does the best filter reach at most half the memorization of the best random tokens, in every seed? "
                  + study.against(FILTERS, RANDOM_TOKENS))  # fmt: skip
-    lines.append("- And at exactly the agreement of that filter, by seed: " + study.at_equal_agreement(FILTERS, RANDOM_TOKENS))
-    lines.append("- The same beside every number of random tokens, by seed:")
-    return lines + [f"  - {line}" for line in study.against_each(FILTERS, RANDOM_TOKENS)]
+    lines.append("- The same beside every number of random tokens, by seed, whether or not it agrees as well as no filter does:")
+    lines += [f"  - {line}" for line in study.against_each(FILTERS, RANDOM_TOKENS)]
+    lines.append("- And the other way round, what random tokens would memorize that agree exactly as well, on the lines between no "
+                 "filter and their settings, by seed:")  # fmt: skip
+    own = [setting for setting in study.settings if setting[0] in (*FILTERS, AGC)]
+    return lines + [f"  - {study.at_equal_agreement(setting, RANDOM_TOKENS)}" for setting in own]
 
 
 def caveats(study: Study) -> list[str]:

@@ -254,7 +254,7 @@ def test_setting_of_the_study_is_chosen_by_agreement_then_by_memorization(benchm
     (first,) = (line for line in lines if "beat random tokens at equal agreement" in line)
     assert "tau 5 0.100, rta 1 0.160" in first
     assert any("AGC" in line and line.endswith("agrees well enough and drops at most 20% of the distinct samples") for line in lines)
-    assert lines[-2:] == [
+    assert [line for line in lines if line.startswith("  - rta")] == [
         "  - rta 1 (agreement 0.800): 0.120, 0.160, 0.200; evidence x (agreement 0.800): 0.050, 0.080, 0.120; half or less in 2 of 3 seeds",
         "  - rta 8 (agreement 0.700): 0.000, 0.000, 0.000; evidence x (agreement 0.800): 0.050, 0.080, 0.120; half or less in 0 of 3 seeds",
     ]
@@ -266,22 +266,21 @@ def test_study_holds_a_filter_against_random_tokens_at_exactly_its_agreement(ben
     study = study_of(
         module,
         none=((0.2, 0.4, 0.1), 0.80, 0.0),
-        rta_1=((0.12, 0.0, 0.1), 0.60, 0.0),
-        rta_2=((0.0, 0.0, 0.0), 0.40, 0.0),
-        evidence_x=((0.08, 0.14, 0.06), (0.70, 0.75, 0.80), 0.0),
-    )  # at 0.75 the filter agrees too little to be held against anything
-    assert study.at_equal_agreement(module.FILTERS, module.RANDOM_TOKENS) == module.NO_SETTING
-    study = study_of(
-        module,
-        none=((0.2, 0.4, 0.1), 0.80, 0.0),
         rta_1=((0.12, 0.0, 0.1), 0.76, 0.0),
         rta_2=((0.0, 0.0, 0.0), 0.40, 0.0),
         evidence_x=((0.08, 0.14, 0.06), (0.78, 0.79, 0.80), 0.0),
+        evidence_y=((0.08, 0.14, 0.06), 0.9, 0.0),
     )
-    assert study.at_equal_agreement(module.FILTERS, module.RANDOM_TOKENS) == (
-        "at 0.790, where evidence x memorizes 0.080, 0.140, 0.060, it would be 0.180, 0.300, 0.100 on the lines between no filter and "
-        "rta 1, rta 2; half or less in 2 of 3 seeds"
-    )
+    found = [study.at_equal_agreement(("evidence", name), ("rta",)) for name in "xy"]
+    assert found == [
+        "evidence x (agreement 0.790): 0.080, 0.140, 0.060; rta: 0.180, 0.300, 0.100, less by "
+        f"{module.mean([0.1, 0.16, 0.04])}; half or less in 2 of 3 seeds",
+        "evidence y (agreement 0.900): 0.080, 0.140, 0.060; rta: 0.200, 0.400, 0.100, less by "
+        f"{module.mean([0.12, 0.26, 0.04])}; half or less in 2 of 3 seeds",
+    ]
+    assert module.comparisons(study)[-2:] == [f"  - {line}" for line in found]
+    without = module.Study(study.results[study.results["method"] != "none"])
+    assert without.at_equal_agreement(("evidence", "x"), ("rta",)) == "not every run is there"
 
 
 def test_study_of_one_seed_and_of_one_whose_plain_run_is_missing_says_so(benchmark):
