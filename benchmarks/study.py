@@ -151,15 +151,16 @@ class Study:
             lines.append(f"{named[1]}: {_by_seed(pair[:, 1])}; {named[0]}: {_by_seed(pair[:, 0])}; {_halved(pair)}")
         return lines
 
-    def at_equal_agreement(self, own: Setting, others: Methods) -> str:
+    def at_equal_agreement(self, own: Setting, others: Methods, on: str = "distinct") -> str:
         """A setting, and what a setting of others would memorize that agrees exactly as well: by seed, on the straight lines between
-        no filter, which is none of what they add, and their settings, over mean agreement; where it agrees better than all of them,
-        the one that agrees best."""
+        no filter, which is none of what they add, and their settings, over mean agreement on distinct or duplicates' prompts; where
+        it agrees better than all of them, the one that agrees best."""
         curve = [(NONE, ""), *(s for s in self.settings if s[0] in others)]
         if not {own, *curve} <= {*self.settings}:
             return "not every run is there"
         rates = pd.concat({setting: self.of(setting, "memorization_rate") for setting in {own, *curve}}, axis=1, join="inner")
-        at, agreement = self.means.loc[own, "agreement_distinct"], self.means.loc[curve, "agreement_distinct"].to_numpy()
+        at, *of_curve = (self.of(setting, f"agreement_{on}").mean() for setting in (own, *curve))
+        agreement = np.array(of_curve)
         order = np.argsort(agreement)
         between = [np.interp(at, agreement[order], of_seed[order]) for of_seed in rates[curve].to_numpy()]
         pair = np.column_stack([rates[own], between])
@@ -207,10 +208,12 @@ def comparisons(study: Study) -> list[str]:
                  + study.against(FILTERS, RANDOM_TOKENS))  # fmt: skip
     lines.append("- The same beside every number of random tokens, by seed, whether or not it agrees as well as no filter does:")
     lines += [f"  - {line}" for line in study.against_each(FILTERS, RANDOM_TOKENS)]
-    lines.append("- And the other way round, what random tokens would memorize that agree exactly as well, on the lines between no "
-                 "filter and their settings, by seed:")  # fmt: skip
     own = [setting for setting in study.settings if setting[0] in (*FILTERS, AGC)]
-    return lines + [f"  - {study.at_equal_agreement(setting, RANDOM_TOKENS)}" for setting in own]
+    for on, called in (("distinct", "distinct"), ("duplicates", "duplicates'")):
+        lines.append(f"- And the other way round, what random tokens would memorize that agree exactly as well on {called} prompts, on "
+                     "the lines between no filter and their settings, by seed:")  # fmt: skip
+        lines += [f"  - {study.at_equal_agreement(setting, RANDOM_TOKENS, on)}" for setting in own]
+    return lines
 
 
 def caveats(study: Study) -> list[str]:

@@ -278,7 +278,13 @@ def test_study_holds_a_filter_against_random_tokens_at_exactly_its_agreement(ben
         "evidence y (agreement 0.900): 0.080, 0.140, 0.060; rta: 0.200, 0.400, 0.100, less by "
         f"{module.mean([0.12, 0.26, 0.04])}; half or less in 2 of 3 seeds",
     ]
-    assert module.comparisons(study)[-2:] == [f"  - {line}" for line in found]
+    lines = module.comparisons(study)
+    assert lines[-5:-3] == [f"  - {line}" for line in found]
+    of_duplicates = study_of(module, none=((0.2,) * 3, 0.80, 0.0), rta_1=((0.1,) * 3, 0.80, 0.0), tau_5=((0.0,) * 3, 0.80, 0.0))
+    rows = of_duplicates.results
+    rows["agreement_duplicates"] = rows["method"].map({"none": 0.9, "rta": 0.5, "tau": 0.6})
+    assert "tau 5 (agreement 0.600): 0.000, 0.000, 0.000; rta: 0.125, 0.125, 0.125" in module.Study(rows).at_equal_agreement(
+        ("tau", "5"), ("rta",), "duplicates")  # fmt: skip
     without = module.Study(study.results[study.results["method"] != "none"])
     assert without.at_equal_agreement(("evidence", "x"), ("rta",)) == "not every run is there"
 
