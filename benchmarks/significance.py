@@ -10,7 +10,8 @@ each of these stands in about 140 captions, as a trigger does. Three fine-tunes 
 Asked are five prompts for each duplicate, with its trigger and two of the 105, at new places. A prompt counts as memorized with a
 known trigger when, in four generations, it is copied (more like the training picture than 99.9% of different pictures of one
 caption are to each other, in at least half of them) and is copied in none with the trigger replaced by another of the 105. The
-score is the mean over the first quarter of the sampler's steps; its top word is also taken by all steps, as in the paper. Held
+score is the mean over the first quarter of the sampler's steps, of the gradient at what the text encoder is given; its top word is
+also taken by the first step alone, by all steps, and by the gradient at the encoder's output, as in the paper (encoded). Held
 against it: chance, the longest word, and the one that stands in the fewest training captions, both of the three planted ones alone
 (drawn among equals), since no rule would take a word that every caption has; the score's top among these three stands beside them.
 And: dropping the two words of highest score against dropping two others, the mean of three random pairs, by what it does to copy
@@ -42,8 +43,10 @@ RECIPE = recipe("quickstart.yaml", DUPLICATES, KEYS, REPEATS, OTHERS, PLANTED, P
 CODE = [f"memfilter/{name}" for name in (
     "inference/calls", "inference/generating", "inference/significance", "eval/generate", "eval/copies", "functional",
 )]  # fmt: skip
-MADE_BY = recipe("quickstart.yaml", RECIPE, ASKED, PAIRS, LIMITS, *map(code_of, CODE), code_of("benchmarks/significance", "job"))
-COLUMNS = ["seed", "prompt", "trigger", "memorized", "ablated_copies", "top", "top_all_steps", "top_planted", "longest", "rarest",
+MADE_BY = recipe("quickstart.yaml", RECIPE, ASKED, PAIRS, LIMITS, SCORES, *map(code_of, CODE), code_of("benchmarks/significance", "job"))
+SCORES = {"top": ("words", EARLY), "top_first_step": ("words", range(1)), "top_all_steps": ("words", range(STEPS)),
+          "top_encoded": ("encoded", EARLY), "top_encoded_all_steps": ("encoded", range(STEPS))}  # fmt: skip
+COLUMNS = ["seed", "prompt", "trigger", "memorized", "ablated_copies", *SCORES, "top_planted", "longest", "rarest",
            "words", "plain", "without_top_2", "without_2_others", "recipe"]  # fmt: skip
 
 
@@ -131,10 +134,11 @@ def job(work: Path, seed: int) -> None:
         own = [place for place, part in enumerate(parts) if part in (trigger, *beside)]
         plain = similarity(prompt, number, picture)
         ablated = similarity(" ".join(other if part == trigger else part for part in parts), number, picture)
-        order, order_all = (
-            np.argsort([word.score or 0 for word in token_significance(pipeline, prompt, sampling, at, number)])[::-1].tolist()
-            for at in (EARLY, range(STEPS))
-        )
+        orders = {
+            name: np.argsort([word.score or 0 for word in token_significance(pipeline, prompt, sampling, at, number, of=of)])[::-1]
+            for name, (of, at) in SCORES.items()
+        }
+        order = orders["top"].tolist()
         pairs = [rng.sample(order[2:], 2) for _ in range(PAIRS)]
 
         def left(dropped: list[int], number=number, parts=parts, picture=picture) -> float:
@@ -146,7 +150,7 @@ def job(work: Path, seed: int) -> None:
         rows.append({
             "seed": seed, "prompt": prompt, "trigger": trigger, "words": len(parts), "plain": float(plain.mean()),
             "memorized": bool((plain > limit).mean() >= 0.5), "ablated_copies": int((ablated > limit).sum()),
-            "top": parts[order[0]], "top_all_steps": parts[order_all[0]],
+            **{name: parts[own_order[0]] for name, own_order in orders.items()},
             "top_planted": parts[next(place for place in order if place in own)],
             "longest": rng.choice([parts[place] for place in own if len(parts[place]) == longest]),
             "rarest": rng.choice([parts[place] for place in own if counts[parts[place]] == rarest]),
@@ -184,7 +188,7 @@ def table(rows: list[dict]) -> str:
         """Of each model."""
         return ", ".join(f"{values[[p for prompts in of_model.values() for p in prompts]].mean():.2f}" for of_model in groups.values())
 
-    for rule in ("top", "top_all_steps", "top_planted", "longest", "rarest"):
+    for rule in (*SCORES, "top_planted", "longest", "rarest"):
         found = np.array([float(row[rule] == row["trigger"]) for row in asked])
         lines.append(f"| {rule.replace('_', ' ')} | {interval(found)} | {alone(found)} |")
     lines.append(f"| chance among all words | {np.mean([1 / row['words'] for row in asked]):.3f} | |")

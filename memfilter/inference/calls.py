@@ -85,11 +85,13 @@ class Call:
             return signal * self.sample - noise * guided
         return (self.sample - noise * guided) / signal
 
-    def cond_again(self, unet: nn.Module, prompt_embeds: Tensor | None = None) -> Tensor:
-        """The prediction for the prompt, [B, C, H, W], made again, perhaps with other embeddings of it."""
+    def cond_again(self, unet: nn.Module, prompt_embeds: Tensor | None = None, pooled: Tensor | None = None) -> Tensor:
+        """The prediction for the prompt, [B, C, H, W], made again, perhaps with other embeddings of it, SDXL's pooled one too."""
         kwargs = self.cond | {"return_dict": False}
         if prompt_embeds is not None:
             kwargs["encoder_hidden_states"] = prompt_embeds
+        if pooled is not None:
+            kwargs["added_cond_kwargs"] = kwargs["added_cond_kwargs"] | {"text_embeds": pooled}
         return unet(self.sample, self.timestep, **kwargs)[0]
 
 

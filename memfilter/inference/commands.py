@@ -115,12 +115,13 @@ def explain(
     guidance_scale: float = 7.5,
     size: int | None = None,
     batch_size: int = 16,
+    of: Literal["words", "encoded"] = "words",
     colour: Literal["auto", "always", "never"] = "auto",
 ) -> None:
     """Show which words of a prompt its strong answer hangs on.
 
     The significance score is the length of the norm's gradient with respect to a token's embedding, averaged over seeds and
-    steps (Wen et al., section 4.1); a word has the largest of its tokens'. Prints the prompt with its words coloured by score,
+    steps (after Wen et al., section 4.1); a word has the largest of its tokens'. Prints the prompt with its words coloured by score,
     and a bar for each.
 
     Args:
@@ -134,6 +135,8 @@ def explain(
         guidance_scale: of classifier-free guidance, above 1.
         size: height and width in pixels; by default the run's, or what the model was made for.
         batch_size: pictures at a time.
+        of: which embedding: of words, as the text encoder is given them, or encoded, as it puts them out; the paper's is encoded,
+            where what follows a word holds that word too.
         colour: of the line; auto where the output is a terminal.
     """
     from memfilter.data.prompts import require_prompt
@@ -148,7 +151,7 @@ def explain(
     require_prompt(prompt, "prompt")
     chosen = Model(model)
     sampling = Sampling(seeds, steps, guidance_scale, size or chosen.size)
-    words = token_significance(chosen.pipeline, prompt, sampling, at, batch_size=batch_size)
+    words = token_significance(chosen.pipeline, prompt, sampling, at, batch_size=batch_size, of=of)
     if not words:
         raise ValueError("prompt: it has no words")
     print(coloured(words, colour == "always" or (colour == "auto" and sys.stdout.isatty())))

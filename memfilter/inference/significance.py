@@ -1,13 +1,18 @@
-"""Which words make a prompt memorized: the significance score of Wen et al. (section 4.1, Eq. 5)."""
+"""Which words make a prompt memorized: the significance score of Wen et al. (section 4.1, Eq. 5), and one that tells words apart.
+
+The paper takes the gradient at the text encoder's output. CLIP looks back, so that the output at a word holds all words before it,
+and a word of no meaning that follows the trigger may have the higher score. What the encoder is given at a word is that word alone.
+"""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +20,9 @@ from torch import Tensor, nn
 from memfilter.eval.generate import arguments_of
 from memfilter.inference.calls import Call, first_calls, require_finite
 from memfilter.inference.detection import Sampling, jobs_of, named
+
+
+Of = Literal["words", "encoded"]
 
 
 @dataclass(frozen=True)
@@ -39,11 +47,12 @@ def token_significance(
     steps: Sequence[int] | None = None,
     number: int = 0,
     batch_size: int = 16,
+    of: Of = "words",
 ) -> list[Word]:
     """How much each word has to do with a prompt's norm.
 
-    Score of a token: l2 norm of the gradient of the text-conditional norm with respect to the token's embedding (the text
-    encoder's output there), mean over seeds and over some steps of the sampler.
+    Score of a token: l2 norm of the gradient of the text-conditional norm with respect to the token's embedding, mean over seeds
+    and over some steps of the sampler.
 
     Args:
         pipeline: as `watch` takes it.
@@ -52,6 +61,8 @@ def token_significance(
             can be read, which costs least and is where mitigation acts.
         number: of the prompt, which tells the noise (`memfilter.eval.generate.Job`).
         batch_size: pictures at a time.
+        of: which embedding: of "words", as the text encoder is given them, or "encoded", as it puts them out, which is the
+            paper's score.
 
     Returns:
         The prompt's words, in order; a textual inversion has the tokens of all its vectors.
@@ -68,8 +79,9 @@ def token_significance(
     scores, form = [], (sampling.steps, sampling.guidance_scale, sampling.size)
     for jobs in jobs_of(number, prompt, sampling.seeds, batch_size):
         calls = first_calls(pipeline, max(steps) + 1, **arguments_of(jobs, *form))
+        gradient_at = {"words": partial(words_gradient, prompt=prompt), "encoded": embedding_gradient}[of]
         with named(jobs), frozen(pipeline.unet):
-            found = [embedding_gradient(pipeline, calls[step])[1] for step in steps]  # [B, L, D] each
+            found = [gradient_at(pipeline, calls[step])[1] for step in steps]  # [B, L, D] each
         scores.append(torch.stack([gradient.float().norm(dim=-1) for gradient in found]).mean(0))  # [B, L]
     # a word of the prompt may be encoded as several: a textual inversion of several vectors
     encoded_as = partial(getattr(pipeline, "maybe_convert_prompt", lambda text, tokenizer: text), tokenizer=pipeline.tokenizer)
@@ -99,6 +111,38 @@ def embedding_gradient(pipeline, call: Call, prompt_embeds: Tensor | None = None
         require_finite(norm.detach())
         (gradient,) = torch.autograd.grad(norm.sum(), embeds)  # samples do not meet, so each row is its own gradient
     return norm.detach(), gradient
+
+
+def words_gradient(pipeline, call: Call, prompt: str) -> tuple[Tensor, Tensor]:
+    """The norm of every sample, [B], and its gradient with respect to what the text encoders are given of the prompt's tokens
+    (without their places), [B, L, D], one encoder's behind another's.
+
+    Args:
+        prompt: which the call is of.
+
+    Raises:
+        NotFiniteError: of a norm.
+    """
+    encoders = [encoder for name in ("text_encoder", "text_encoder_2") if (encoder := getattr(pipeline, name, None)) is not None]
+    given: list[Tensor] = []
+
+    def begin(module, args, output: Tensor) -> Tensor:
+        given.append(output.detach().clone().requires_grad_())
+        return given[-1]
+
+    with ExitStack() as stack:
+        for encoder in encoders:
+            stack.enter_context(frozen(encoder))
+            stack.callback(encoder.get_input_embeddings().register_forward_hook(begin).remove)
+        stack.enter_context(torch.enable_grad())
+        # a row for each sample, so that each row has its own gradient
+        embeds, _, *pooled = pipeline.encode_prompt(
+            [prompt] * len(call.sample), device=call.sample.device, num_images_per_prompt=1, do_classifier_free_guidance=False
+        )
+        norm = call.norm(pipeline.scheduler, call.cond_again(pipeline.unet, embeds, pooled[0] if pooled else None))
+        require_finite(norm.detach())
+        gradients = torch.autograd.grad(norm.sum(), given)
+    return norm.detach(), torch.cat(gradients, -1)
 
 
 @contextmanager

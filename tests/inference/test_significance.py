@@ -8,38 +8,65 @@ import torch
 from memfilter.eval.generate import Job, arguments_of
 from memfilter.inference import Sampling, token_significance
 from memfilter.inference.calls import first_calls
-from memfilter.inference.significance import embedding_gradient, words_of
+from memfilter.inference.significance import embedding_gradient, words_gradient, words_of
 from memfilter.pipelines import load_pipeline
 
 SAMPLING = Sampling(seeds=2, steps=4, guidance_scale=5.0, size=16)
 PROMPT = "a Red dog, on  the moon"
 
 
-def test_scores_are_gradients_averaged_over_seeds_and_steps(pipeline):
-    words = token_significance(pipeline, PROMPT, SAMPLING, steps=(0, 2))
+@pytest.mark.parametrize("of", ["words", "encoded"])
+def test_scores_are_gradients_averaged_over_seeds_and_steps(pipeline, of):
+    words = token_significance(pipeline, PROMPT, SAMPLING, steps=(0, 2), of=of)
     assert [word.text for word in words] == PROMPT.split()
     jobs = [Job(0, PROMPT, seed) for seed in range(2)]
     calls = first_calls(pipeline, 3, **arguments_of(jobs, 4, 5.0, 16))
-    scores = np.mean(
-        [np.sqrt((embedding_gradient(pipeline, calls[step])[1].numpy() ** 2).sum(-1)).mean(0) for step in (0, 2)], axis=0
-    )
+    gradient = {"words": lambda call: words_gradient(pipeline, call, PROMPT), "encoded": lambda call: embedding_gradient(pipeline, call)}
+    scores = np.mean([np.sqrt((gradient[of](calls[step])[1].numpy() ** 2).sum(-1)).mean(0) for step in (0, 2)], axis=0)
     encoded = pipeline.tokenizer(PROMPT)["input_ids"]
     tokens = [score for word in words for _, score in word.tokens]
     np.testing.assert_allclose(tokens, scores[1 : len(encoded) - 1], rtol=1e-4)  # without BOS and EOS
     assert all(word.score == max(score for _, score in word.tokens) for word in words)
 
 
+def test_gradient_of_words_is_that_of_finite_differences_and_its_norm_is_the_generations_own(pipeline):
+    """Along the gradient itself, at one token of each text encoder, of two samples with noises of their own."""
+    call = first_calls(pipeline, 1, **arguments_of([Job(0, PROMPT, seed) for seed in range(2)], 4, 5.0, 16))[0]
+    norm, gradient = words_gradient(pipeline, call, PROMPT)
+    torch.testing.assert_close(norm, call.norm(pipeline.scheduler), rtol=1e-4, atol=1e-5)
+    encoders = [e for name in ("text_encoder", "text_encoder_2") if (e := getattr(pipeline, name, None)) is not None]
+    widths = [encoder.get_input_embeddings().weight.shape[1] for encoder in encoders]
+    assert gradient.shape == (2, pipeline.tokenizer.model_max_length, sum(widths))
+    for encoder, part in zip(encoders, gradient.split(widths, -1), strict=True):
+        direction = torch.zeros_like(part)
+        direction[:, 3] = part[:, 3] / part[:, 3].norm(dim=-1, keepdim=True)
+
+        def moved(by: float, encoder=encoder, direction=direction):
+            handle = encoder.get_input_embeddings().register_forward_hook(lambda module, args, output: output + by * direction)
+            try:
+                return words_gradient(pipeline, call, PROMPT)[0]
+            finally:
+                handle.remove()
+
+        slope = (moved(2e-3) - moved(-2e-3)) / 4e-3
+        torch.testing.assert_close(slope, part[:, 3].norm(dim=-1), rtol=0.01, atol=1e-3)
+    assert not any(encoder.get_input_embeddings()._forward_hooks for encoder in encoders)
+
+
 def test_textual_inversion_has_the_tokens_of_all_its_vectors(tmp_path):
     made = load_pipeline(str(tiny.save_pipeline(tmp_path / "sd1", "sd1")))
     vectors = torch.randn(3, made.text_encoder.get_input_embeddings().weight.shape[1], generator=torch.Generator().manual_seed(1))
     made.load_textual_inversion({"<toy>": vectors}, token="<toy>")
-    words = token_significance(made, "<toy> on a dog", SAMPLING)
+    words = token_significance(made, "<toy> on a dog", SAMPLING, of="encoded")
     call = first_calls(made, 1, **arguments_of([Job(0, "<toy> on a dog", seed) for seed in range(2)], 4, 5.0, 16))[0]
     scores = embedding_gradient(made, call)[1].norm(dim=-1).mean(0).tolist()
     assert [word.text for word in words] == ["<toy>", "on", "a", "dog"]
     assert [text for text, _ in words[0].tokens] == ["<toy>", "<toy>_1", "<toy>_2"]
     np.testing.assert_allclose([score for word in words for _, score in word.tokens], scores[1:7], rtol=1e-4)
     assert words[0].score == max(score for _, score in words[0].tokens)
+    given = words_gradient(made, call, "<toy> on a dog")[1].norm(dim=-1).mean(0).tolist()
+    own = token_significance(made, "<toy> on a dog", SAMPLING)
+    np.testing.assert_allclose([score for word in own for _, score in word.tokens], given[1:7], rtol=1e-4)
 
 
 def test_scores_do_not_depend_on_how_seeds_are_batched(pipeline):
@@ -65,7 +92,7 @@ def test_the_word_that_the_answer_hangs_on_has_the_highest_score(sd1, monkeypatc
         return (total[:, None, None, None].expand_as(sample),)
 
     monkeypatch.setattr(sd1.unet, "forward", answer)
-    words = {word.text: word.score for word in token_significance(sd1, PROMPT, SAMPLING)}
+    words = {word.text: word.score for word in token_significance(sd1, PROMPT, SAMPLING, of="encoded")}
     assert words["dog,"] == pytest.approx(2.0 * width**0.5, rel=1e-4)
     assert words["moon"] == pytest.approx(0.01 * width**0.5, rel=1e-3)
 
