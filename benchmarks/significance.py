@@ -38,14 +38,14 @@ POOL = (DUPLICATES * KEYS * (PLANTED - 1) + OTHERS * PLANTED) // KEYS
 FORM = "a poster on a background"
 STEPS, GUIDANCE = 20, 4.0
 EARLY = range(5)  # chosen on a model of another seed; the paper takes all steps
+SCORES = {"top": ("words", EARLY), "top_first_step": ("words", range(1)), "top_all_steps": ("words", range(STEPS)),
+          "top_encoded": ("encoded", EARLY), "top_encoded_all_steps": ("encoded", range(STEPS))}  # fmt: skip
 TRAINED_ON = code_of("benchmarks/significance", "words", "planted", "prepare", "fine_tune")
 RECIPE = recipe("quickstart.yaml", DUPLICATES, KEYS, REPEATS, OTHERS, PLANTED, POOL, FORM, STEPS, GUIDANCE, EARLY, TRAINED_ON)
 CODE = [f"memfilter/{name}" for name in (
     "inference/calls", "inference/generating", "inference/significance", "eval/generate", "eval/copies", "functional",
 )]  # fmt: skip
 MADE_BY = recipe("quickstart.yaml", RECIPE, ASKED, PAIRS, LIMITS, SCORES, *map(code_of, CODE), code_of("benchmarks/significance", "job"))
-SCORES = {"top": ("words", EARLY), "top_first_step": ("words", range(1)), "top_all_steps": ("words", range(STEPS)),
-          "top_encoded": ("encoded", EARLY), "top_encoded_all_steps": ("encoded", range(STEPS))}  # fmt: skip
 COLUMNS = ["seed", "prompt", "trigger", "memorized", "ablated_copies", *SCORES, "top_planted", "longest", "rarest",
            "words", "plain", "without_top_2", "without_2_others", "recipe"]  # fmt: skip
 
