@@ -121,8 +121,8 @@ def explain(
     """Show which words of a prompt its strong answer hangs on.
 
     The significance score is the length of the norm's gradient with respect to a token's embedding, averaged over seeds and
-    steps (after Wen et al., section 4.1); a word has the largest of its tokens'. Prints the prompt with its words coloured by score,
-    and a bar for each.
+    steps (after Wen et al., section 4.1); a word has the largest of its tokens'. Prints the prompt with its words coloured by
+    score, and a bar for each.
 
     Args:
         model: directory of a run, of a diffusers pipeline, a hub id, or "scenes".

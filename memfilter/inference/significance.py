@@ -21,7 +21,6 @@ from memfilter.eval.generate import arguments_of
 from memfilter.inference.calls import Call, first_calls, require_finite
 from memfilter.inference.detection import Sampling, jobs_of, named
 
-
 Of = Literal["words", "encoded"]
 
 
