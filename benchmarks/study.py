@@ -252,7 +252,10 @@ def begin(sweep: Path, results: Path) -> None:
         if row["scenario"] == "a":
             rows.append({name: row.get(name) for name in COLUMNS} | {"cpu_seconds": row["seconds"], "run": f"{RUNS}/{row['run']}"})
     points = {point.config.run_dir for point in read_sweep(ROOT / "configs" / "sweeps" / "study.yaml")}  # it refuses others
-    write_csv(sweep / RESULTS, COLUMNS, [row for row in rows if row["run"] in points])
+    known: dict[str, dict] = {}
+    for row in rows:  # a run that both tables have is of one row
+        known.setdefault(row["run"], row)
+    write_csv(sweep / RESULTS, COLUMNS, [row for run, row in known.items() if run in points])
 
 
 def main() -> None:

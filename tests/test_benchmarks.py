@@ -384,12 +384,13 @@ def test_study_begins_with_the_rows_that_are_published(benchmark, tmp_path):
         for scenario, run in (("a", Path(points[0]).name), ("a", "no-point"), ("b", Path(points[1]).name))
     ])  # fmt: skip
     published = {"memorization_rate": 0.25, "cpu_seconds": 90.0, "run": points[2]}
-    results.write_results([published], tmp_path)
+    results.write_results([published, published | {"cpu_seconds": 100.0, "memorization_rate": 0.5, "run": points[0]}], tmp_path)
     (tmp_path / "results.csv").rename(tmp_path / "study.csv")
     study.begin(tmp_path / "sweep", tmp_path)
     found = results.recorded_figures(tmp_path / "sweep")
     assert [(run, row["memorization_rate"], row["cpu_seconds"]) for run, row in found.items()] == [
         (points[2], 0.25, 90.0), (points[0], 0.5, 100.0)]  # fmt: skip
+    assert len((tmp_path / "sweep" / "results.csv").read_text().splitlines()) == 3  # what both tables have has one row
     (tmp_path / "evidence.csv").unlink()
     study.begin(tmp_path / "sweep", tmp_path)  # has a table
     assert results.recorded_figures(tmp_path / "sweep") == found
