@@ -40,14 +40,15 @@ from common import LIMITS, call, code_of, complete, half_width, kept, mean, pars
 
 SEEDS = (401, 402, 403)  # nothing was chosen by looking at them
 STEPS, GUIDANCE = 20, 4.0  # of the verification, as `memfilter evaluate` has it
-RECIPE = recipe("quickstart.yaml", STEPS, GUIDANCE, LIMITS)
+RECIPE = recipe("quickstart.yaml", STEPS, GUIDANCE, LIMITS, code_of("benchmarks/detection", "fine_tune"))
 SCORED = 50  # steps of what is scored
 BY = {"1": 1, "10": 10, "all": None}  # steps that a score goes by
 NEGATIVE, OF_MANY, MANY, OTHERS = 500, 30, 32, 60
 NUMBER, BATCH = 1000, 16  # a prompt's number decides its noise, which shall not be that by which copying was verified
 RIVALS = ("density_l2", "density_sscd", "anisotropy", "loss")
 CODE = [f"memfilter/{name}" for name in (
-    "inference/calls", "inference/rivals", "inference/watching", "eval/generate", "eval/sscd", "eval/classifier", "functional",
+    "inference/calls", "inference/rivals", "inference/watching", "eval/copies", "eval/generate", "eval/sscd", "eval/classifier",
+    "functional",
 )]  # fmt: skip
 OWN = ("verified", "late_cosine", "generated", "measured", "scores", "captions", "job")
 MADE_BY = recipe("quickstart.yaml", RECIPE, SCORED, BY, NEGATIVE, OF_MANY, MANY, OTHERS, RIVALS, NUMBER, BATCH, *map(code_of, CODE),
@@ -225,31 +226,45 @@ def job(work: Path, seed: int) -> None:
         both = ((4, all_of_4), (MANY, many))
         np.savez(file, label=label, **{f"{name}, n={n}": values for n, raw in both for name, values in raw.items()})
     cost = seconds(pipeline, negative[:4], measure)
+    few_compared, many_compared = (comparison_seconds(measure, n) for n in (4, MANY))
+    more_for_many = {method: many_compared[method] - MANY / 4 * few_compared[method] for method in few_compared}
     for row in rows:
-        row["seconds"] = cost[row["method"], row["steps"]] * row["n"]
+        method, n = row["method"], row["n"]
+        row["seconds"] = cost[method, row["steps"]] * n + (more_for_many.get(method, 0) if n == MANY else 0)
     write_json(work / f"rows-{seed}-{MADE_BY}.json", rows)
 
 
-def seconds(pipeline, prompts: list[str], measure, repeats: int = 3) -> dict[tuple[str, str], float]:
-    """CPU seconds of one generation, the least of some batches; other processes share the machine. What a method takes beside the
-    steps is measured at the first of them; what looks at no picture has none decoded."""
+def least(work, *args, repeats: int = 3, **settings) -> float:
+    """CPU seconds, the least of some times; other processes share the machine."""
+    times = []
+    for _ in range(repeats):
+        began = time.process_time()
+        work(*args, **settings)
+        times.append(time.process_time() - began)
+    return min(times)
+
+
+def comparison_seconds(measure, n: int) -> dict[str, float]:
+    """CPU seconds of comparing n pictures of one prompt to each other, which grow by n². Method -> seconds."""
+    from memfilter.inference.rivals import distances, tiled_distance
+
+    pictures = np.random.default_rng(0).integers(256, size=(1, n, 32, 32, 3), dtype=np.uint8)
+    return {"density_l2": least(distances, pictures, tiled_distance),
+            "density_sscd": least(distances, measure.seen(pictures), lambda a, b: 1 - measure.similarity_seen(a, b))}  # fmt: skip
+
+
+def seconds(pipeline, prompts: list[str], measure) -> dict[tuple[str, str], float]:
+    """CPU seconds of one generation of four. What a method takes beside the steps is measured at the first of them; what looks at no
+    picture has none decoded."""
     from memfilter.eval.generate import Job, arguments_of
     from memfilter.inference import Sampling, measure_prompts
     from memfilter.inference.calls import first_calls
 
     jobs = [Job(number, prompt, seed) for number, prompt in enumerate(prompts) for seed in range(4)]
 
-    def least(work, *args, **settings) -> float:
-        times = []
-        for _ in range(repeats):
-            began = time.process_time()
-            work(*args, **settings)
-            times.append(time.process_time() - began)
-        return min(times) / len(jobs)
-
     def made(until: int, *rivals: str) -> float:
-        sampling = Sampling(4, SCORED, GUIDANCE)
-        return least(measure_prompts, pipeline, prompts, sampling, rivals=rivals, measure=measure, until=until, progress=False)
+        asked = {"rivals": rivals, "measure": measure, "until": until, "progress": False}
+        return least(measure_prompts, pipeline, prompts, Sampling(4, SCORED, GUIDANCE), **asked) / len(jobs)
 
     whole = {steps: made(until or SCORED) for steps, until in BY.items()}
     own = {"norm": 0.0, "anisotropy": 0.0}
@@ -257,7 +272,7 @@ def seconds(pipeline, prompts: list[str], measure, repeats: int = 3) -> dict[tup
         own[name] = max(0.0, made(1, rival) - whole["1"])
     found = {(name, steps): seconds + more for name, more in own.items() for steps, seconds in whole.items()}
     call = first_calls(pipeline, 1, **arguments_of(jobs, SCORED, GUIDANCE, None))[0]
-    found["anisotropy", "1"] += least(late_cosine, pipeline, call)
+    found["anisotropy", "1"] += least(late_cosine, pipeline, call) / len(jobs)
     return found
 
 

@@ -34,8 +34,8 @@ FIGURES = {"memorization_rate": True, "copy_similarity": True, "agreement duplic
            "first_norm": True}  # whether of duplicates  # fmt: skip
 DISTINCT, NUMBER = 20, 10_000  # a prompt's number decides its noise, which shall not be that by which copying was verified
 CODE = [f"memfilter/{name}" for name in (
-    "inference/calls", "inference/generating", "inference/mitigation", "inference/significance", "data/captions", "eval/agreement",
-    "eval/copies", "eval/generate", "functional",
+    "inference/calls", "inference/generating", "inference/mitigation", "inference/significance", "data/captions", "data/sampler",
+    "eval/agreement", "eval/copies", "eval/generate", "functional",
 )]  # fmt: skip
 OWN = (code_of("benchmarks/detection", "verified"), code_of("benchmarks/mitigation", "job"))
 MADE_BY = recipe("quickstart.yaml", RECIPE, SETTINGS, DISTINCT, NUMBER, *map(code_of, CODE), *OWN)

@@ -10,10 +10,12 @@ import numpy as np
 import pandas as pd
 import pytest
 import tiny
+import torch
 from scipy import stats
 
 from memfilter.eval import results
 from memfilter.eval.copies import PIXELS
+from memfilter.eval.generate import Job, generator_of
 from memfilter.eval.parts import Parts
 from memfilter.inference import Sampling, measure_prompts
 from memfilter.pipelines import load_pipeline
@@ -417,6 +419,21 @@ def test_detection_says_where_the_norm_is_behind_a_density(benchmark):
     assert f"| 500 | 4 | all | density_l2 | {module.mean([0.1, 0.1])} | {module.mean([-0.05, -0.05])} |" in lines
 
 
+def late_cosines(pipeline, prompts: list[str], n: int, steps: int, guidance: float) -> np.ndarray:
+    """Of eps(prompt) - eps(null) with eps(null), at the third-last timestep, of the noise that the generation begins with. [P, n]"""
+    pipeline.scheduler.set_timesteps(steps)
+    late = pipeline.scheduler.timesteps[-3]
+    found = []
+    for number, prompt in enumerate(prompts):
+        noise = torch.cat([torch.randn(1, 4, 8, 8, generator=generator_of(Job(number, prompt, seed))) for seed in range(n)])
+        cond, null = pipeline.encode_prompt([prompt] * n, "cpu", 1, True)
+        with torch.no_grad():
+            cond, null = (pipeline.unet(noise, late, embeds).sample.double().numpy() for embeds in (cond, null))
+        product = ((cond - null) * null).sum(1) / np.linalg.norm(cond - null, axis=1) / np.linalg.norm(null, axis=1)
+        found.append(product.mean((1, 2)))
+    return np.array(found)
+
+
 def test_detection_reads_off_whole_generations_what_the_package_measures_step_by_step(benchmark, tmp_path, monkeypatch):
     module = benchmark("detection")
     monkeypatch.setattr(module, "SCORED", 5)
@@ -439,13 +456,39 @@ def test_detection_reads_off_whole_generations_what_the_package_measures_step_by
             expected = {"norm": signals.metric(seeds=n), "loss": signals.rival("loss", n)}
             if n > 1:
                 expected |= {"density_l2": signals.rival("density_l2", n), "density_sscd": signals.rival("density_copies", n)}
-            if steps != "1":  # there it is of another timestep
-                spread = [clean[name][:, :n, at].mean(1).std() for name, at in (("norms", 0), ("cosines", (until or 5) - 1))]
-                expected["anisotropy"] = (signals.norms[:, :n, 0].mean(1) / spread[0]
-                                          + signals.raw["anisotropy"][:, :n, -1].mean(1) / spread[1])  # fmt: skip
-            assert found.keys() - expected.keys() <= {"anisotropy"}
+            cosines, at = (signals.raw["anisotropy"][:, :, -1], (until or 5) - 1)
+            ordinary = clean["cosines"][..., at]
+            if steps == "1":  # there it is of the noise itself, at another timestep
+                cosines, ordinary = (late_cosines(pipeline, texts, 3, 5, module.GUIDANCE) for texts in (prompts, prompts[::-1]))
+            expected["anisotropy"] = (signals.norms[:, :n, 0].mean(1) / clean["norms"][:, :n, 0].mean(1).std()
+                                      + cosines[:, :n].mean(1) / ordinary[:, :n].mean(1).std())  # fmt: skip
+            assert found.keys() == expected.keys()
             for name, score in expected.items():
-                np.testing.assert_allclose(found[name], score, rtol=1e-5, atol=1e-7, err_msg=f"{name} {steps} {n}")
+                # the late cosine is of a difference that is small here, of other batches
+                rtol = 1e-3 if (name, steps) == ("anisotropy", "1") else 1e-5
+                np.testing.assert_allclose(found[name], score, rtol=rtol, atol=1e-7, err_msg=f"{name} {steps} {n}")
+
+
+# ---- of significance
+
+
+def test_significance_is_judged_on_prompts_that_the_trigger_alone_makes_copies(benchmark):
+    module = benchmark("significance")
+    rows = [
+        {"seed": seed, "trigger": trigger, "memorized": memorized, "ablated_copies": copies, "words": 8, "plain": 0.9,
+         "without_top_2": 0.2, "without_2_others": 0.7, **dict.fromkeys((*module.SCORES, "missed_most", "longest", "rarest"), "a"),
+         "top": trigger, "top_planted": trigger if seed == 1 else "a"}
+        for seed in (1, 2) for trigger in ("cat", "dog")
+        for memorized, copies in ((True, 0), (True, 0), (True, 1), (False, 0))
+    ]  # fmt: skip
+    lines = module.table(rows).splitlines()
+    assert lines[0] == "8 of 16 prompts are memorized by a known trigger."
+    assert "| top | 1.000 (1.000 to 1.000) | 1.00, 1.00 |" in lines and "| longest | 0.000 (0.000 to 0.000) | 0.00, 0.00 |" in lines
+    assert "| top planted | 0.500 (0.000 to 1.000) | 1.00, 0.00 |" in lines  # models differ: their bootstrap is widest
+    assert "| chance among all words | 0.125 | |" in lines
+    assert "falls by 0.700 (0.700 to 0.700)" in lines[-1] and "by 0.200 (0.200 to 0.200)" in lines[-1]
+    assert "difference 0.500 (0.500 to 0.500)" in lines[-1]
+    assert module.table([row | {"memorized": False} for row in rows]) == "0 of 16 prompts are memorized by a known trigger."
 
 
 # ---- of mitigation
@@ -469,3 +512,17 @@ def test_mitigations_are_compared_by_what_copies_least_at_the_agreement_that_is_
     assert less(none=none, prompt=[(0.75, 0.3)], rta=[(0.7, 0.5)]) == pytest.approx(0.5 * (0.9 - 0.3), abs=0.02)
     assert less(none=none, prompt=[(0.7, 0.5)], rta=[(0.7, 0.5)]) == 0
     assert less(none=none, prompt=[(0.85, 0.5)], rta=[(0.82, 0.7)]) == pytest.approx(0.2)  # neither costs agreement
+
+
+def test_mitigations_that_do_the_same_differ_by_nothing_whatever_is_drawn(benchmark):
+    module, rng = benchmark("mitigation"), np.random.default_rng(0)
+    settings = [("none", 0.0), ("prompt", 1.0), ("rta", 4)]
+    rows = [
+        {"method": method, "setting": setting, "seed": seed, "prompt": prompt, "duplicate": prompt < 4, "memorization_rate": 0.5,
+         "copy_similarity": copies, "agreement": agreement, "first_norm": 1.0}
+        for seed in (1, 2, 3) for prompt in range(8) for copies, agreement in [rng.random(2)] for method, setting in settings
+    ]  # fmt: skip
+    lines = module.compared(pd.DataFrame(rows), draws=20)
+    assert [line.partition(": ")[2] for line in lines] == ["0.000 (0.000 to 0.000); of each model alone 0.000, 0.000, 0.000"] * 2
+    better = [row | {"copy_similarity": row["copy_similarity"] - 0.25} if row["method"] == "prompt" else row for row in rows]
+    assert all("0.250 (0.250 to 0.250)" in line for line in module.compared(pd.DataFrame(better), draws=20))

@@ -34,7 +34,7 @@ class Look:
 
     Args:
         made: pictures and norms.
-        words: with their scores.
+        words: with their scores; none of a mitigation's.
         metric: mean norm.
         p_value: of the metric.
         memorized: whether the metric reaches the threshold.
@@ -63,10 +63,10 @@ class Studio:
         self._one_at_a_time = threading.Lock()  # hooks see all that the denoiser does
 
     def look(self, prompt: str, mitigation: Mitigation = Mitigation()) -> Look:
-        """Generates, judges and scores the words."""
+        """Generates, judges and, without a mitigation, scores the words."""
         with self._one_at_a_time:
             made = generate_prompt(self.model.pipeline, prompt, self.sampling, mitigation)
-            words = token_significance(self.model.pipeline, prompt, self.sampling)
+            words = [] if mitigation.kind != "none" else token_significance(self.model.pipeline, prompt, self.sampling)
         metric = float(mean_norm(made.norms[None])[0])
         p_value = float(self.clean.p_values(np.array([metric]), None, self.sampling.seeds)[0])
         return Look(made, words, metric, p_value, metric >= self.threshold)
@@ -77,15 +77,15 @@ class Studio:
         if self.model.run is not None:
             with suppress(ValueError):
                 asked = self.model.run.prompts(EXAMPLES)
-        return {p.text: p for p in asked}
+        return {p.text: p for p in reversed(asked)}  # of one caption the duplicate counts, which comes first
 
     @property
     def examples(self) -> list[str]:
         """Some prompts of the run, duplicates first; clean ones where there is none that has some."""
         if not self._training:
             return self.model.clean_prompts(None, EXAMPLES) if self.model.of_scenes else []
-        asked = self._training.values()
-        return [p.text for duplicate in (True, False) for p in [p for p in asked if p.duplicate == duplicate][:EXAMPLES]]
+        asked = [*self._training.values()][::-1]
+        return [p.text for duplicate in (True, False, None) for p in [p for p in asked if p.duplicate == duplicate][:EXAMPLES]]
 
     def shown(self, prompt: str, look: Look) -> list[tuple[np.ndarray, str]]:
         """Pictures with what they are: the training picture, where the prompt is that of a duplicate of the run or an example, and
@@ -104,6 +104,15 @@ def in_words(look: Look, clean: CleanNorms) -> str:
     verdict = "Memorized" if look.memorized else "Not memorized, as far as the norm tells"
     return (f"**{verdict}.** The model answers this prompt with a mean norm of {look.metric:.3g}; {as_strong} clean prompts "
             f"are answered as strongly (p = {look.p_value:.2g}).")  # fmt: skip
+
+
+def what_came_of(look: Look, before: Look, how: Mitigation, clean: CleanNorms) -> str:
+    """What a mitigation did, for people. An embedding that was moved to lower the norm has no p-value: clean ones were not."""
+    if how.kind == "rta":
+        return in_words(look, clean)
+    return (f"The model answers with a mean norm of {look.metric:.3g} instead of {before.metric:.3g}; of clean prompts it is "
+            f"{np.median(clean.metric()):.3g} in the median. The embedding was moved to lower the first "
+            "step's, so this is no verdict: whether the picture is still a copy, look.")  # fmt: skip
 
 
 def figure_of(look: Look, clean: CleanNorms, before: Look | None = None):
@@ -161,17 +170,17 @@ def build(studio: Studio) -> gr.Blocks:
 
     def mitigate(prompt: str, kind: str, target: float, tokens: int, before: Look | None, seen: str):
         prompt = checked(prompt)
-        if before is None or seen != prompt:
-            before = studio.look(prompt)
         try:
             how = Mitigation("prompt" if kind == "prompt embedding" else "rta", None, target, int(tokens))
         except ValueError:
             raise gr.Error("Name a norm above 0 to come down to.", print_exception=False) from None
+        if before is None or seen != prompt:
+            before = studio.look(prompt)
         found = studio.look(prompt, how)
         instead = gr.update(value="\n".join(found.made.shown), visible=how.kind == "rta")
         return (before, prompt, studio.shown(prompt, before), in_words(before, studio.clean),
                 figure_of(found, studio.clean, before), pieces(before.words), list(found.made.pictures),
-                in_words(found, studio.clean), instead)  # fmt: skip
+                what_came_of(found, before, how, studio.clean), instead)  # fmt: skip
 
     def drop(prompt: str, event: gr.SelectData):
         return without_word(prompt, int(event.index[0] if isinstance(event.index, list | tuple) else event.index))

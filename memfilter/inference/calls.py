@@ -6,6 +6,7 @@ import copy
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from contextvars import ContextVar
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,6 +19,7 @@ Timestep = Tensor | float | int
 # a smaller factor tells nothing of the noise: at zero terminal SNR Euler, DPM++ and UniPC put 2**-24 for an abar of 0, which
 # makes 2.4e-4 and a norm of next to nothing, whatever the prompt; Stable Diffusion's own schedule ends at 0.07
 READABLE = 1e-3
+_AGAIN: ContextVar[bool] = ContextVar("again", default=False)  # whether the denoiser is called by `Call.cond_again`
 
 
 class UnguidedError(ValueError):
@@ -92,7 +94,11 @@ class Call:
             kwargs["encoder_hidden_states"] = prompt_embeds
         if pooled is not None:
             kwargs["added_cond_kwargs"] = kwargs["added_cond_kwargs"] | {"text_embeds": pooled}
-        return unet(self.sample, self.timestep, **kwargs)[0]
+        reset = _AGAIN.set(True)
+        try:
+            return unet(self.sample, self.timestep, **kwargs)[0]
+        finally:
+            _AGAIN.reset(reset)
 
 
 def _half(tree, which: int, size: int):
@@ -169,9 +175,12 @@ def require_finite(norms: Tensor) -> None:
 
 @contextmanager
 def hooked(pipeline, see: Callable[[Timestep, Call | None], None]) -> Iterator[None]:
-    """Shows every call of the pipeline's denoiser to ``see``: its timestep, and None where it was made without guidance."""
+    """Shows every call that the pipeline makes of its denoiser to ``see``: its timestep, and None where it was made without
+    guidance. Those of `Call.cond_again` are no part of a generation, and have one half only."""
 
     def hook(module, args, kwargs, output):
+        if _AGAIN.get():
+            return
         timestep = args[1] if len(args) > 1 else kwargs["timestep"]
         see(timestep, Call.of(args, kwargs, output) if pipeline.do_classifier_free_guidance else None)
 

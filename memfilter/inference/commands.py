@@ -130,8 +130,8 @@ def explain(
         out: .json for words, tokens and scores, or .png for the bars.
         seeds: generations that the mean is over.
         steps: of the sampler.
-        at: steps of it, counted from 0, at which gradients are taken, such as [0,10,20]; by default the first that can be
-            read. The paper takes all.
+        at: steps of it, counted from 0, at which gradients are taken, such as [0,10,20]; by default a quarter of
+            them, from the first that can be read. The paper takes all.
         guidance_scale: of classifier-free guidance, above 1.
         size: height and width in pixels; by default the run's, or what the model was made for.
         batch_size: pictures at a time.

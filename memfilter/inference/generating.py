@@ -23,7 +23,6 @@ from memfilter.inference.mitigation import add_random_tokens, adjusted_call
 from memfilter.inference.models import Model
 from memfilter.inference.watching import watch
 
-
 _BEGUN = ".pictures.txt"  # names of the pictures that are being made, until pictures.jsonl lists them
 
 
@@ -63,7 +62,6 @@ class Generated:
         first_norms: of the first step that can be read, before anything was done, [seeds].
         iterations: by which the embedding was moved, [seeds]; 0 for other kinds.
         shown: the texts that were generated for, one for each seed.
-        changed: whether embedding or text of one of them was.
     """
 
     pictures: np.ndarray
@@ -71,7 +69,6 @@ class Generated:
     first_norms: np.ndarray
     iterations: np.ndarray
     shown: tuple[str, ...]
-    changed: bool
 
 
 def generate_prompt(
@@ -100,8 +97,7 @@ def generate_prompt(
         acting = how.threshold is None or float(before.mean()) >= how.threshold
     found = [_batch(pipeline, jobs, call, form, how if acting else Mitigation()) for jobs, call in zip(batches, calls, strict=True)]
     pictures, norms, iterations, shown = (np.concatenate(values) for values in zip(*found, strict=True))
-    changed = bool(iterations.any()) or any(text != prompt for text in shown)
-    return Generated(pictures, norms, before if how.kind != "none" else norms[:, first - 1], iterations, tuple(shown.tolist()), changed)
+    return Generated(pictures, norms, before if how.kind != "none" else norms[:, first - 1], iterations, tuple(shown.tolist()))
 
 
 def _batch(pipeline, jobs: list[Job], call: Call | None, form: tuple, how: Mitigation) -> tuple[np.ndarray, ...]:
@@ -137,7 +133,8 @@ def write_pictures(model: Model, prompts: list[str], sampling: Sampling, how: Mi
         for seed, picture in enumerate(made.pictures):
             with atomic(out / _name(number, seed)) as partial:
                 Image.fromarray(picture).save(partial, "PNG")
-        return {"norms": made.norms, "first_norms": made.first_norms, "iterations": made.iterations, "shown": np.array(json.dumps(made.shown))}
+        return {"norms": made.norms, "first_norms": made.first_norms, "iterations": made.iterations,
+                "shown": np.array(json.dumps(made.shown))}  # fmt: skip
 
     found = parts.run(len(prompts), work, progress=True)
     rows = [row for number, made in enumerate(found) for row in _rows(number, prompts[number], made, how.kind)]

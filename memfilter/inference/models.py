@@ -72,8 +72,8 @@ class Model:
                                until=until, parts=parts), parts  # fmt: skip
 
     def clean_prompts(self, file: Path | None = None, count: int = CLEAN_PROMPTS) -> list[str]:
-        """Prompts that are known not to be memorized: from a file, or captions of clipart scenes that nobody has seen, half of
-        them of the more specific kind.
+        """Prompts that are known not to be memorized: from a file, or captions of clipart scenes that the run was not shown,
+        half of them of the more specific kind.
 
         Raises:
             ValueError: there is no file, and the model is not one of clipart scenes.
@@ -83,13 +83,13 @@ class Model:
         if not self.of_scenes:
             raise ValueError(f"clean: name a file of prompts that {self.name} has certainly not memorized, or norms of such "
                              "prompts that were saved before: without them no norm is high or low")  # fmt: skip
-        drawn, known = (scenes.draw(CLEAN_SEED, scenes.CLEAN, i, specific=0.5).caption for i in range(10 * count)), self._duplicates()
+        drawn, known = (scenes.draw(CLEAN_SEED, scenes.CLEAN, i, specific=0.5).caption for i in range(10 * count)), self._shown()
         return [caption for caption, _ in zip((c for c in drawn if c not in known), range(count), strict=False)]
 
-    def _duplicates(self) -> set[str]:
-        """Captions of the run's duplicates, where they can still be had."""
+    def _shown(self) -> set[str]:
+        """Captions that the run was shown, where they can still be had."""
         with suppress(ValueError):
-            return {prompt.text for prompt in self.run.prompts(0)} if self.run else set()
+            return {prompt.text for prompt in self.run.prompts(len(self.run.experiment.keys))} if self.run else set()
         return set()
 
     def clean_norms(

@@ -12,7 +12,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -56,8 +56,8 @@ def token_significance(
     Args:
         pipeline: as `watch` takes it.
         sampling: its seeds are those of the mean.
-        steps: of the sampler, counted from 0, at which the gradient is taken; the paper takes all. By default the first that
-            can be read, which costs least and is where mitigation acts.
+        steps: of the sampler, counted from 0, at which the gradient is taken; the paper takes all. By default a quarter of
+            them, from the first that can be read.
         number: of the prompt, which tells the noise (`memfilter.eval.generate.Job`).
         batch_size: pictures at a time.
         of: which embedding: of "words", as the text encoder is given them, or "encoded", as it puts them out, which is the
@@ -67,10 +67,12 @@ def token_significance(
         The prompt's words, in order; a textual inversion has the tokens of all its vectors.
 
     Raises:
-        ValueError: a step that the sampler does not make, or whose norm cannot be read or is not finite.
+        ValueError: a step that the sampler does not make, or whose norm cannot be read or is not finite; an unknown embedding.
     """
+    if of not in get_args(Of):
+        raise ValueError(f"of must be one of {', '.join(get_args(Of))}, found {of}")
     first = sampling.first_readable(pipeline) - 1
-    steps = (first,) if steps is None else tuple(steps)
+    steps = tuple(range(sampling.steps)[first : first + max(1, sampling.steps // 4)] if steps is None else steps)
     if steps and 0 <= min(steps) < first:
         raise ValueError(f"steps: the norm of the first cannot be read, at zero terminal SNR: begin with {first}")
     if not steps or min(steps) < 0 or max(steps) >= sampling.steps:

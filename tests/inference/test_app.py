@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 from contextlib import contextmanager
+from dataclasses import replace
 from types import SimpleNamespace
 
 import launching
@@ -100,7 +101,8 @@ def test_prompt_is_judged_a_word_dropped_and_a_mitigation_tried(page_of, browser
     page.wait_for_function("before => document.querySelector('#verdict').innerText != before", arg=before)
 
     page.locator("#mitigate").click()
-    page.wait_for_selector("#told >> text=clean prompts")
+    page.wait_for_selector("#told >> text=of clean prompts it is")
+    assert "p = " not in page.locator("#told").inner_text()  # the embedding was moved to lower the norm
     page.wait_for_function("document.querySelectorAll('#mitigated img').length >= 2")
     page.locator("#kind").get_by_text("random tokens").click()
     page.locator("#mitigate").click()
@@ -158,6 +160,21 @@ def test_run_shows_its_training_pictures_for_as_long_as_they_are_there(run, tmp_
     model = Model(str(moved))
     studio = Studio(model, model.clean_norms(clean, sampling, tmp_path / "kept.json"), sampling, 0.2)
     assert len(studio.examples) == 12 and len(studio.shown(duplicates[0], look)) == 2
+
+
+def test_what_a_run_was_shown_is_no_clean_prompt_and_is_offered_whatever_is_known_of_it(run, tmp_path, monkeypatch):
+    model = Model(str(run))
+    shown = {p.text for p in model.run.prompts(len(model.run.experiment.keys))}
+    assert shown & set(Model("scenes").clean_prompts(None, 2000)) and not shown & set(model.clean_prompts(None, 2000))
+    first = model.run.prompts(3)
+    again = replace(first[0], key="another", duplicate=False)
+    for duplicate, asked in ((True, [*first, again]), (None, [replace(p, duplicate=None) for p in first])):
+        monkeypatch.setattr(model.run, "prompts", lambda *_, asked=asked: asked)
+        clean = SimpleNamespace(threshold=lambda *_: 1.0)
+        studio = Studio(model, clean, Sampling(2, 2, 5.0))
+        assert sorted(studio.examples) == sorted({p.text for p in first})
+        picture = studio.shown(first[0].text, SimpleNamespace(made=SimpleNamespace(pictures=np.zeros((1, 32, 32, 3)))))[0]
+        assert picture[1] == "training picture"
 
 
 def test_wrong_model_gives_a_message_and_no_trace(tmp_path, capfd):

@@ -111,6 +111,18 @@ def test_what_the_tokenizer_does_not_know_has_a_score(sd1):
     assert [word.score for word in words] == [1.0, 5.0, 2.0]
 
 
+def test_a_quarter_of_the_steps_is_taken_by_default(sd1, zero_snr):
+    sampling = Sampling(seeds=1, steps=12, guidance_scale=5.0, size=16)
+    for pipeline, steps in ((sd1, (0, 1, 2)), (zero_snr, (1, 2, 3))):  # whose first tells nothing
+        own, by_default = (token_significance(pipeline, PROMPT, sampling, *at) for at in ((steps,), ()))
+        assert [word.score for word in own] == [word.score for word in by_default]
+
+
+def test_unknown_embedding_is_refused(sd1):
+    with pytest.raises(ValueError, match="of must be one of words, encoded, found tokens"):
+        token_significance(sd1, PROMPT, SAMPLING, of="tokens")
+
+
 def test_steps_that_are_not_made_are_refused(sd1):
     for steps in ((4,), (-1,), ()):
         with pytest.raises(ValueError, match=r"among 0 \.\.\. 3"):

@@ -18,7 +18,7 @@ from diffusers import (
     UniPCMultistepScheduler,
 )
 
-from memfilter.inference import MemorizationDetected, watch
+from memfilter.inference import MemorizationDetected, Sampling, adjust_prompt, token_significance, watch
 from memfilter.inference.calls import NotFiniteError, UnguidedError, factor_at, first_calls, first_readable, readable_factor
 
 SCHEDULERS = (DDIMScheduler, DPMSolverMultistepScheduler, EulerDiscreteScheduler, PNDMScheduler, LMSDiscreteScheduler,
@@ -99,6 +99,19 @@ def test_every_generation_has_its_own_norms(sd1):
 
 def stopping(*_):
     raise KeyboardInterrupt
+
+
+def test_what_the_package_asks_of_the_denoiser_meanwhile_is_no_generation(pipeline):
+    """Of explaining and adjusting only the generations that are broken off for them are seen."""
+    with watch(pipeline) as plain:
+        generated(pipeline, prompts=("a cat",), steps=4)
+    with watch(pipeline) as seen:
+        token_significance(pipeline, "a cat", Sampling(2, 4, 5.0, 16), steps=(0,))
+        adjusted = adjust_prompt(pipeline, "a cat", 1e-3, Sampling(2, 4, 5.0, 16), generators(2))
+        pipeline(**adjusted.arguments(), generator=generators(2), num_inference_steps=4, guidance_scale=5.0, height=16, width=16)
+    assert [g.norms.shape for g in seen.generations] == [(2, 1), (2, 1), (2, 4)]
+    torch.testing.assert_close(seen.generations[1].norms, plain.norms[:, :1], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(seen.norms[:, 0], adjusted.after, rtol=1e-4, atol=1e-5)
 
 
 def test_memorized_prompt_ends_the_generation_with_its_number(sd1):
