@@ -362,6 +362,9 @@ def check(config: Config) -> None:
         errors.append("data.random_crop=true and data.cache exclude each other: a crop that is random cannot be cached")
     if config.model.lora_rank is not None and not config.model.lora_targets:
         errors.append("model.lora_targets must name at least one layer")
+    if config.model.lora_rank is None:
+        errors += [f"model.{name} has no effect without model.lora_rank: the whole denoiser is trained"
+                   for name in ("lora_alpha", "lora_targets") if getattr(config.model, name) != getattr(ModelConfig(), name)]
     if not re.fullmatch(r"[\w.-]+", config.log.project):
         errors.append(f"log.project must consist of letters, digits, '_', '-' and '.', found {config.log.project!r}")
     errors += _about_filter(config)
@@ -378,6 +381,9 @@ def _about_time(train: TrainConfig) -> Iterator[str]:
     if train.warmup_samples and train.lr_schedule in ("constant", "piecewise_constant"):
         yield (f"train.warmup_samples={train.warmup_samples} has no effect on the {train.lr_schedule} schedule: "
                "use train.lr_schedule=constant_with_warmup")  # fmt: skip
+    elif 0 < train.samples <= train.warmup_samples:
+        yield (f"train.warmup_samples={train.warmup_samples} must be below train.samples={train.samples}: the learning rate would "
+               "never be what is asked")  # fmt: skip
     if train.lr_schedule == "polynomial" and 0 < train.learning_rate <= 1e-7:
         yield f"train.learning_rate must be above 1e-07, where the polynomial schedule ends, found {train.learning_rate}"
     if (train.lr_schedule == "piecewise_constant") != (train.lr_rules is not None):

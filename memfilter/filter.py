@@ -86,7 +86,7 @@ class MemFilter:
             at 512 px). ``inf``: measure only. None, without another rule: no extra pass, nothing checked.
         threshold: another rule for single norms, such as `TimestepThreshold`, instead of tau.
         evidence: a rule that knows every sample's key, such as `Evidence`; `batch` must then name the keys, and every rank
-            bring as many samples to a step.
+            bring as many samples to a step. tau or threshold beside it judge those of its samples that get a null pass.
         reduction: ``kept``, ``kept_global`` or ``batch``, see `masked_loss`. With ``kept_global`` the gradients of an
             optimizer step are those of the mean over all that was kept in it, however it is split into ranks and
             micro-batches; `before_step` makes them so.
@@ -117,6 +117,8 @@ class MemFilter:
             raise ValueError(f"filter.max_empty_steps must be at least 1, found {max_empty_steps}")
         if tau is not None and threshold is not None:
             raise ValueError(f"filter.tau={tau} and a threshold exclude each other: give one of them")
+        if (tau is not None or threshold is not None) and evidence is not None and not evidence.makes_passes:
+            raise ValueError(f"{type(evidence).__name__} makes no null pass: tau or a threshold beside it would judge nothing")
         self.threshold = threshold or FixedThreshold(math.inf if tau is None else tau, unit)
         self.evidence, self.unit, self.judges_all = evidence, unit, judges_all
         self.active = tau is not None or threshold is not None or evidence is not None
@@ -130,7 +132,9 @@ class MemFilter:
         self._rows: list[Tensor] = []  # of this step's micro-batches, for the evidence
         self._verdicts: list[Verdict] = []  # the same
         self._gone_by = 0  # samples that were passed over since the last step
+        self._scheduler = None  # says what is predicted
         self._factors: Tensor | None = None  # [T], None for epsilon prediction
+        self._factors_of = "epsilon"  # prediction type
         self._uncounted: tuple[Tensor, ...] | None = None  # what `FilterStats.add` is told once it is known who is kept
         self._unread: tuple[_Readback, ...] = ()  # of the last training forward: its verdict, its errors
         self._kept_in_step: int | None = None  # None: no training forward since the last step
@@ -154,10 +158,16 @@ class MemFilter:
             if not hasattr(scheduler, "alphas_cumprod"):
                 raise ValueError(f"{type(scheduler).__name__} has no alphas_cumprod, from which the norm in noise "
                                  "space is made: pass the DDPMScheduler that training uses")  # fmt: skip
-            factors = noise_factor(scheduler.config.prediction_type, scheduler.alphas_cumprod)
-            self._factors = None if scheduler.config.prediction_type == "epsilon" else factors
-            self.stats.num_train_timesteps = len(factors)
+            self._scheduler = scheduler
+            self._make_factors()
+            self.stats.num_train_timesteps = len(scheduler.alphas_cumprod)
         return FilteredUNet(unet, null, self._judge, self._select, static_shapes)
+
+    def _make_factors(self) -> None:
+        """By which norms come into noise space."""
+        self._factors_of = kind = self._scheduler.config.prediction_type
+        factors = noise_factor(kind, self._scheduler.alphas_cumprod)
+        self._factors = None if kind == "epsilon" else factors
 
     def batch(
         self, *, keys=None, duplicate=None, caption_dropped=None, excluded=None, shared_keys=None, timesteps=None
@@ -165,7 +175,7 @@ class MemFilter:
         """What is known of the samples of the next training forward; all optional, each of length B.
 
         Args:
-            keys: names, for errors and audits.
+            keys: names, for errors and audits; numbers, perhaps in a tensor, count as their decimals.
             duplicate: whether the sample is known to be duplicated; splits the statistics.
             caption_dropped: whether its caption was replaced by the empty one. Its norm is 0 by definition: it is
                 neither checked nor dropped.
@@ -176,6 +186,8 @@ class MemFilter:
             timesteps: those of the forward, on the host, where they are known there: no null pass is then made for samples
                 at which it could tell nothing.
         """
+        # of a tensor's elements the names would have the device in them, and differ from rank to rank
+        keys, shared_keys = (given.tolist() if isinstance(given, Tensor) else given for given in (keys, shared_keys))
         self._facts = {
             "keys": keys,
             "duplicate": duplicate,
@@ -210,7 +222,7 @@ class MemFilter:
             ("caption dropped", nothing if caption_dropped is None else caption_dropped),
             ("excluded", nothing if excluded is None else excluded),
         ):
-            rows = torch.as_tensor(rows, dtype=torch.bool)
+            rows = torch.as_tensor(rows, dtype=torch.bool, device="cpu")
             reasons = [reason if hit else before for before, hit in zip(reasons, rows.tolist(), strict=True)]
             look &= ~rows
             if reason != "high noise":  # without its caption, or its picture, a sample says nothing of its key
@@ -278,6 +290,9 @@ class MemFilter:
         if (dropped := facts.get("caption_dropped")) is not None:
             checked &= ~_bools(dropped, count, device, "caption_dropped")
         factor = None
+        # diffusers' scripts set the prediction type inside the loop
+        if self._scheduler is not None and self._scheduler.config.prediction_type != self._factors_of:
+            self._make_factors()
         if self._factors is not None:
             self._factors = self._factors.to(device)
             factor = self._factors[timesteps.long()]
@@ -355,8 +370,14 @@ class MemFilter:
             weight: [B], a factor for every sample's error, such as `min_snr_weight` of its timestep.
 
         Raises:
+            ValueError: pred and target differ in shape, or weight is not [B]; they would be spread over each other.
             RuntimeError: since the last loss there was no training forward of this batch size.
         """
+        if pred.shape != target.shape:
+            raise ValueError(f"MemFilter.loss: pred and target must have one shape, found {[*pred.shape]} and {[*target.shape]}")
+        if weight is not None and weight.shape != (len(pred),):
+            raise ValueError(f"MemFilter.loss: weight must have one factor for each of the {len(pred)} samples and no other "
+                             f"dimension, found {[*weight.shape]}")  # fmt: skip
         if not self._unused or len(self.verdict.keep) != len(pred):
             raise RuntimeError("MemFilter.loss needs the verdict of a training forward of the same batch: call "
                                "the wrapped denoiser first, in train mode and with gradients on")  # fmt: skip
@@ -440,6 +461,8 @@ class MemFilter:
     def _why_empty(self) -> str:
         if isinstance(self.threshold, TimestepThreshold):
             return f"lower filter.false_positive_rate={self.threshold.false_positive_rate}, or mend what is excluded"
+        if not hasattr(self.threshold, "tau"):
+            return "the threshold keeps nothing"
         if self.threshold.tau < math.inf:
             return f"filter.tau={self.threshold.tau} is below the norm of everything; raise it"
         if self.evidence is None:

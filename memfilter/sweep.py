@@ -190,6 +190,9 @@ def read_sweep(path: Path) -> list[Point]:
     if not isinstance(asked, dict) or not isinstance(asked.get("parameters"), dict) or not asked.get("program"):
         raise ConfigError(f"{path} is no sweep: it needs program and parameters, as W&B has them")
     errors = [f"{path}: {name} has no meaning here" for name in asked if name not in _KNOWN]
+    named = asked.get("command")
+    if named is not None and not (isinstance(named, list) and {"${program}", asked["program"]} & {*map(str, named)}):
+        errors.append(f"{path}: command must be a list with ${{program}} or {asked['program']} in it")
     if asked.get("method") != "grid":
         errors.append(f"{path}: method={asked.get('method')} needs W&B's server; here only grid works")
     values = {}

@@ -20,7 +20,8 @@ class FilteredUNet(nn.Module):
         unet: the denoiser; kept as ``.unet``.
         null: embedding of the empty prompt, [L, D] or [1, L, D]; or, where the model needs more, a mapping of keyword
             arguments, such as ``{"encoder_hidden_states": ..., "added_cond_kwargs": {"text_embeds": ...}}``. Entries
-            of a nested mapping replace those of the call; its other entries (SDXL's ``time_ids``) stay.
+            of a nested mapping replace those of the call; its other entries (SDXL's ``time_ids``) stay. A call's
+            ``encoder_attention_mask`` is the prompt's alone: name the empty one's here if the model wants one.
         judge: called with (cond [B, ...], null [n, ...], timesteps [B], rows), gives (text_norm [B], keep [B]).
         select: called with B, gives the n rows that the extra pass is made for; None stands for all. Of no rows no pass is
             made, and ``null`` is None for the judge.
@@ -85,6 +86,8 @@ class FilteredUNet(nn.Module):
                 rows = [*rows, *[rows[-1]] * (size - wanted)]
             index = torch.tensor(rows).to(sample.device, non_blocking=True)
             sample, timestep, kwargs = _take((sample, timestep, kwargs), index, len(sample))
+        if "encoder_attention_mask" not in self._null_names:  # the prompt's says nothing of the empty one's tokens
+            kwargs = {name: value for name, value in kwargs.items() if name != "encoder_attention_mask"}
         kwargs = _merge(kwargs, self._null_names, self, len(sample)) | {"return_dict": False}
         device = sample.device.type
         # autocast caches a weight's cast, and one made here would have no gradient for the pass that follows

@@ -89,7 +89,8 @@ def refusal(what) -> list[str]:
 
 def with_setting(name, value) -> Config:
     config = Config()
-    config.train.samples, config.train.batch_size, config.train.lr_schedule = 8, 1, "linear"
+    config.train.samples, config.train.batch_size, config.train.lr_schedule = 80, 1, "linear"
+    config.model.lora_rank = 4
     section, key = name.split(".")
     setattr(getattr(config, section), key, value)
     return config
@@ -254,6 +255,9 @@ def test_learning_rate_rules_of_another_form_are_refused(rules):
         (["--train.samples=30", "--train.batch_size=8"], "train.samples must be a multiple of .* = 8"),
         (["--train.samples=8", "--train.batch_size=8", "--train.accumulation=2"], "must be a multiple of .* = 16"),
         (["--train.warmup_samples=8"], "use train.lr_schedule=constant_with_warmup"),
+        (["--train.lr_schedule=cosine", "--train.samples=8", "--train.warmup_samples=8"], "must be below train.samples=8"),
+        (["--model.lora_alpha=16"], "model.lora_alpha has no effect without model.lora_rank"),
+        (["--model.lora_targets=[to_k]"], "model.lora_targets has no effect without model.lora_rank"),
         (["--train.lr_rules=1:8,0.1"], "need each other"),
         (["--train.lr_schedule=piecewise_constant"], "need each other"),
         (["--model.lora_rank=4", "--model.lora_targets=[]"], "model.lora_targets must name at least one layer"),

@@ -212,6 +212,15 @@ def test_empty_steps_raise_when_so_many_come_in_a_row(tiny_unet, tiny_batch):
     assert mem_filter.metrics()["filter/empty_steps"] == 5
 
 
+def test_empty_steps_by_a_rule_of_ones_own_are_told_too(tiny_unet, tiny_batch):
+    mem_filter = MemFilter(threshold=lambda norm, timesteps: norm < 0, max_empty_steps=1)
+    unet = mem_filter.wrap(tiny_unet(), null=NULL)
+    x, t, e, target = tiny_batch()
+    mem_filter.loss(unet(x, t, e).sample, target).backward()
+    with pytest.raises(EmptySteps, match="the threshold keeps nothing"):
+        mem_filter.before_step(torch.optim.AdamW(unet.parameters()))
+
+
 def test_count_of_empty_steps_survives_a_restart(tiny_unet, tiny_batch):
     x, t, _, target = tiny_batch(size=2)
     state = None
@@ -396,6 +405,31 @@ def test_scheduler_brings_the_norm_into_noise_space(tiny_unet, tiny_batch, predi
     out = MemFilter(tau=4.0).wrap(copy.deepcopy(bare), null=NULL, scheduler=scheduler)(x, t, e)
     difference = (bare(x, t, e).sample - bare(x, t, NULL.repeat(4, 1, 1)).sample).detach().double()
     torch.testing.assert_close(out.text_norm.double(), difference.flatten(1).norm(dim=1) * factor, rtol=1e-3, atol=0)
+
+
+def test_prediction_type_that_is_set_after_wrapping_counts_too(tiny_unet, tiny_batch):
+    """As diffusers' own scripts set it, in the loop."""
+    x, _, e, _ = tiny_batch()
+    t, found = torch.tensor([10, 500, 900, 990]), {}
+    for when in ("before", "after"):
+        scheduler = DDPMScheduler(prediction_type="v_prediction" if when == "before" else "epsilon")
+        mem_filter = MemFilter(tau=4.0)
+        unet = mem_filter.wrap(tiny_unet(), null=NULL, scheduler=scheduler)
+        scheduler.register_to_config(prediction_type="v_prediction")
+        found[when] = unet(x, t, e).text_norm
+    assert torch.equal(found["after"], found["before"])
+
+
+@pytest.mark.parametrize("shape", [(4, 1, 1, 1), (4, 1), (1,), ()])
+def test_weights_and_targets_that_would_be_spread_are_refused(tiny_unet, tiny_batch, shape):
+    x, t, e, target = tiny_batch()
+    mem_filter = MemFilter(tau=4.0)
+    pred = mem_filter.wrap(tiny_unet(), null=NULL)(x, t, e).sample
+    with pytest.raises(ValueError, match="weight must have one factor for each of the 4 samples"):
+        mem_filter.loss(pred, target, torch.ones(shape))
+    with pytest.raises(ValueError, match="pred and target must have one shape"):
+        mem_filter.loss(pred, target[:1])
+    assert mem_filter.loss(pred, target, torch.ones(4)).isfinite()
 
 
 def test_timestep_that_says_nothing_about_the_noise_is_unchecked(tiny_unet, tiny_batch):

@@ -9,6 +9,7 @@ from simulated import NAN, reference
 from torch.nn.functional import mse_loss
 
 from memfilter import MemFilter
+from memfilter.agc import LossRule
 from memfilter.evidence import Evidence, Weighing
 from memfilter.filter import EmptySteps, NonFiniteNorm
 from memfilter.keys import Census, Sightings, Step
@@ -441,6 +442,32 @@ def test_threshold_by_timestep_goes_by_a_reference_that_a_census_keeps(tiny_unet
 def test_tau_and_another_threshold_exclude_each_other():
     with pytest.raises(ValueError, match="filter.tau=4.0 and a threshold exclude each other"):
         MemFilter(4.0, threshold=TimestepThreshold(Reference(64), 0.02))
+
+
+@pytest.mark.parametrize("rule", [Sightings(100), LossRule()], ids=lambda rule: type(rule).__name__)
+def test_tau_beside_a_rule_that_makes_no_pass_is_refused(rule):
+    with pytest.raises(ValueError, match=f"{type(rule).__name__} makes no null pass"):
+        MemFilter(1e-9, evidence=rule)
+
+
+class Elsewhere(torch.Tensor):
+    """Names its device, as what stands on another one does."""
+
+    def __repr__(self, **_):
+        return f"tensor({self.item()}, device='cuda:1')"
+
+    __str__ = __repr__
+    __format__ = lambda self, _: repr(self)  # noqa: E731
+
+
+@pytest.mark.parametrize("kind", [list, torch.tensor, np.array, lambda keys: torch.tensor(keys).as_subclass(Elsewhere)])
+def test_numbers_are_one_key_however_they_come(tiny_unet, tiny_batch, kind):
+    evidence = evidence_of()
+    flag(evidence, "17")
+    mem_filter = MemFilter(evidence=evidence)
+    unet = mem_filter.wrap(tiny_unet(), null=NULL)
+    step(mem_filter, unet, adamw(unet), tiny_batch(), kind([3, 17, 5, 17]), caption_dropped=torch.tensor([False] * 4))
+    assert mem_filter.verdict.keep.tolist() == [True, False, True, False]
 
 
 def test_tau_and_evidence_both_drop(tiny_unet, tiny_batch):

@@ -65,6 +65,14 @@ def test_one_trained_weight_of_a_text_encoder_is_enough():
     assert "Sequential is trained" in reasons(CLEAN, text_encoders=(None, encoder))[0]
 
 
+def test_variance_that_is_learned_along_is_a_reason(tiny_unet):
+    unet = tiny_unet()
+    assert validate(unet) == []
+    unet.register_to_config(out_channels=2 * unet.config.in_channels)
+    with pytest.raises(UnsuitableModel, match="the denoiser has 8 output channels for 4"):
+        validate(unet)
+
+
 def test_scheduler_without_alphas_or_prediction_type_is_refused():
     (reason,) = reasons(CLEAN, scheduler=SimpleNamespace(config={"prediction_type": "epsilon"}))
     assert reason == "SimpleNamespace has no alphas_cumprod: pass the DDPMScheduler of training"

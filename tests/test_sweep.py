@@ -247,6 +247,8 @@ def test_seed_stands_in_paths():
         ({"parameters": {"filter.tua": {"values": [3]}}}, "filter.tua is no setting: did you mean filter.tau?"),
         ({"parameters": {"log.every": {"values": [8, 80]}}}, "several points go to runs/"),
         ({"command": ["${program}", "${args}"]}, "the command must say --checkpoint.resume=true"),
+        ({"command": "python train_filtered.py"}, "command must be a list with ${program} or train_filtered.py in it"),
+        ({"command": ["python", "./train_filtered.py", "${args}"]}, "command must be a list with ${program} or"),
         ({"program": None}, "is no sweep: it needs program and parameters"),
     ],
 )

@@ -151,6 +151,22 @@ def test_null_is_no_parameter_moves_with_the_module_and_is_a_copy(tiny_unet, jud
     wrapped = FilteredUNet(bare, null, judge)
     assert [p.shape for p in wrapped.parameters()] == [p.shape for p in bare.parameters()]
     assert [b.dtype for b in wrapped.to(torch.float64).buffers()] == [torch.float64]
+    null.data.zero_()
+    assert torch.equal(*wrapped.buffers(), NULL.double())
+
+
+def test_attention_mask_of_the_prompt_is_not_that_of_the_empty_one(tiny_unet, tiny_batch, judge):
+    x, t, e, _ = tiny_batch()
+    bare, mask = tiny_unet(), torch.ones(e.shape[:2])
+    mask[:, 2:] = 0
+    FilteredUNet(bare, NULL, judge)(x, t, e, encoder_attention_mask=mask)
+    cond, null = judge.calls[0][:2]
+    assert torch.equal(null, bare(x, t, NULL.repeat(len(x), 1, 1)).sample)
+    assert torch.equal(cond, bare(x, t, e, encoder_attention_mask=mask).sample) and not torch.equal(cond, bare(x, t, e).sample)
+    own = torch.tensor([[1.0] + [0.0] * (NULL.shape[-2] - 1)])
+    FilteredUNet(bare, {"encoder_hidden_states": NULL, "encoder_attention_mask": own}, judge)(x, t, e, encoder_attention_mask=mask)
+    masked = bare(x, t, NULL.repeat(len(x), 1, 1), encoder_attention_mask=own.repeat(len(x), 1)).sample
+    assert torch.equal(judge.calls[1][1], masked) and not torch.equal(masked, null)
 
 
 def test_null_follows_the_type_of_the_call(tiny_unet, tiny_batch, judge):

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import multiprocessing
 import os
+import time
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -38,6 +39,9 @@ from memfilter.text import printable
 
 BROKEN_SHARD, UNREADABLE, TOO_LARGE, NO_CAPTION = "broken shard", "unreadable", "too large", "without caption"
 FOLDER_CHUNK = 1000  # pictures of a folder that count as one shard
+NARROW = 10_000  # times as long as wide: to shrink a longer one takes gigabytes
+AGAIN = b"again"  # in the metadata of what was found where a read failed that may succeed another time
+LEFT_FOR = 86_400  # seconds, after which nobody is writing a half-written file any more
 SCHEMA = pa.schema(
     [
         ("key", pa.string()),
@@ -82,6 +86,10 @@ def candidates(data: Path, kept: Path, processes: int | None = None) -> pa.Table
         kinds = ", ".join(IMAGE_SUFFIXES)
         raise ShardError(f"nothing to read: {data} has neither tar files nor pictures ({kinds}) in it")
     kept.mkdir(parents=True, exist_ok=True)
+    for partial_file in kept.glob(".*.partial"):  # a killed search's; the directory may be that of another one at work
+        with suppress(FileNotFoundError):
+            if time.time() - partial_file.stat().st_mtime > LEFT_FOR:
+                partial_file.unlink()
     results = {unit.name: kept / f"{unit.stamp}.parquet" for unit in units}
     todo = [unit for unit in units if not _is_whole(results[unit.name])]
     work = partial(_hash_unit, data, kept)
@@ -101,7 +109,7 @@ def candidates(data: Path, kept: Path, processes: int | None = None) -> pa.Table
                                  "with fewer --processes; what is finished is kept") from error  # fmt: skip
             finally:
                 pool.shutdown(cancel_futures=True)
-    return pa.concat_tables(pq.read_table(path, partitioning=None) for path in results.values())
+    return pa.concat_tables(pq.read_table(path, partitioning=None).replace_schema_metadata() for path in results.values())
 
 
 def versions() -> dict[str, str]:
@@ -160,22 +168,33 @@ def _stamp(data: Path, files: list[Path]) -> str:
 
 def _is_whole(result: Path) -> bool:
     try:
-        return pq.read_schema(result).equals(SCHEMA)
+        schema = pq.read_schema(result)
+        return schema.equals(SCHEMA) and AGAIN not in (schema.metadata or {})
     except (OSError, pa.ArrowException):
         return False
 
 
 def _hash_unit(data: Path, kept: Path, unit: Unit) -> None:
+    again: list[Exception] = []
     try:
         shards = unit.shards or Shards.open(data / unit.name)
-        rows = [_hash_sample(data, unit, shards, key) for key in shards.keys()]
+        rows = [_hash_sample(data, unit, shards, key, again) for key in shards.keys()]
     except ShardError as error:
         rows = [_lost({"shard": as_key(unit.name)}, BROKEN_SHARD, str(error.__cause__ or error))]
+        again += [error.__cause__] if may_pass(error.__cause__) else []
+    schema = SCHEMA.with_metadata({AGAIN: b"1"}) if again else SCHEMA
     with atomic(kept / f"{unit.stamp}.parquet") as partial:
-        pq.write_table(pa.Table.from_pylist(rows, SCHEMA), partial, compression="zstd")
+        pq.write_table(pa.Table.from_pylist(rows, schema), partial, compression="zstd")
 
 
-def _hash_sample(data: Path, unit: Unit, shards: Shards, key: str) -> dict:
+def may_pass(error: BaseException | None) -> bool:
+    """Whether it is the file system's, as of a disk or a network that failed, or of a permission; and not PIL's, which has no number,
+    or of a file that is not there."""
+    return isinstance(error, OSError) and error.errno is not None and not isinstance(error, FileNotFoundError)
+
+
+def _hash_sample(data: Path, unit: Unit, shards: Shards, key: str, again: list[Exception]) -> dict:
+    """Errors that may pass go to ``again``."""
     members = shards.members[key]
     place = members[next(suffix for suffix in IMAGE_SUFFIXES if suffix in members)]  # the one that is shown
     shard = place.shard.relative_to(data).as_posix()
@@ -193,7 +212,11 @@ def _hash_sample(data: Path, unit: Unit, shards: Shards, key: str) -> dict:
         detail = error.__cause__ or error
         if isinstance(detail, UnidentifiedImageError):  # whose message has an address in memory
             detail = "no picture of a known kind"
+        elif may_pass(detail):
+            again.append(detail)
         return _lost(row, TOO_LARGE if isinstance(error, TooLarge) else UNREADABLE, str(detail))
+    if max(picture.size) > NARROW * min(picture.size):
+        return _lost(row, TOO_LARGE, f"{picture.width:,} x {picture.height:,} pixels are more than {NARROW:,} times as long as wide")
     row["hash"], row["mirrored"] = perceptual_hashes(picture)
     if not caption:
         return _lost(row, NO_CAPTION, "")

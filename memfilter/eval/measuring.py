@@ -5,8 +5,10 @@ from __future__ import annotations
 from contextlib import suppress
 
 import numpy as np
+from PIL import Image
 
 from memfilter.data import scenes
+from memfilter.data.duplicates import near_pairs, perceptual_hashes
 from memfilter.data.shards import ShardError
 from memfilter.eval.agreement import agreement
 from memfilter.eval.clip import Clip
@@ -24,6 +26,7 @@ COPYING = {
 SCENES_CAPTIONS = 60  # of the calibration of a measure that takes its time
 CALIBRATION_PICTURES = 500  # whose pairs say what different pictures have in common, where they are not scenes
 SEED = 20261125  # of which they are
+NEAR_BITS = 6  # of 64, as `memfilter prepare groups` has it
 
 
 def training_pictures(run: FinishedRun, asked: list[Prompt], side: int) -> dict[int, np.ndarray]:
@@ -143,8 +146,14 @@ def _limit(run: FinishedRun, measure: Measure, side: int) -> tuple[float, str]:
             settings["resolution"] = side
         return memorized_above(**settings), f"{QUANTILE} scenes of one caption"
     chosen = np.random.default_rng(SEED).permutation(run.distinct_rows())[:CALIBRATION_PICTURES]
-    found = [measure.features(pictures) for _, pictures in run.pictures(chosen, side)]
-    if sum(map(len, found)) < 2:
+    features, hashes = [], []
+    for _, pictures in run.pictures(chosen, side):
+        features += list(measure.features(pictures))
+        hashes += [np.frombuffer(perceptual_hashes(Image.fromarray(picture))[0], np.uint8) for picture in pictures]
+    # copies that no index tells would set the limit at what a copy is like
+    again = set(near_pairs(np.array(hashes), NEAR_BITS)[:, 1].tolist()) if hashes else set()
+    found = [seen for row, seen in enumerate(features) if row not in again]
+    if len(found) < 2:
         raise ValueError(f"{run.directory} has fewer than two distinct pictures, by which to say from where on one is "
                          "a copy")  # fmt: skip
-    return distinct_above(np.concatenate(found)), OWN_LIMIT
+    return distinct_above(np.stack(found)), OWN_LIMIT

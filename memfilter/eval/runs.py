@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterator, Sequence
+import logging
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import islice
 from pathlib import Path
+from types import MappingProxyType
 
 import numpy as np
 from PIL import Image, ImageOps
@@ -19,6 +22,8 @@ from memfilter.data.prompts import read_prompts
 from memfilter.data.shards import ShardError
 from memfilter.pipelines import LORA, PIPELINE, model_dir
 from memfilter.text import printable
+
+log = logging.getLogger(__name__)
 
 DUPLICATES, DISTINCT, UNKNOWN = "duplicates", "distinct", "unknown"
 
@@ -81,8 +86,9 @@ class FinishedRun:
 
     @cached_property
     def of_scenes(self) -> bool:
-        """Whether it was trained on clipart scenes, by its first sample."""
-        return self.scenes(self.experiment.keys[:1]) is not None
+        """Whether it was trained on clipart scenes, by some of its samples."""
+        keys = self.experiment.keys
+        return self.scenes([keys[row] for row in np.unique(np.linspace(0, len(keys) - 1, 8, dtype=int))]) is not None
 
     def distinct_rows(self) -> np.ndarray:
         """Of samples that are not known to be duplicates, int [n]."""
@@ -94,14 +100,24 @@ class FinishedRun:
         return {key: row for row, key in enumerate(self.experiment.keys)}
 
     def prompts(self, distinct: int, near_copies: int = 1) -> list[Prompt]:
-        """The caption of every duplicate and of the first so many others; arguments as of `evaluate_run`."""
+        """The caption of every duplicate, the first of those that a picture has, and of the first so many others; without those that
+        cannot be read. Arguments as of `evaluate_run`."""
         keys, duplicate = self.experiment.keys, self.experiment.duplicate
         if duplicate is None:
-            return [self._prompt(row) for row in range(min(distinct, len(keys)))]
-        rows = np.flatnonzero(duplicate)[::near_copies]
-        copies = [tuple(keys[row + 1 : row + near_copies]) for row in rows]
-        found = [self._prompt(row, more) for row, more in zip(rows, copies, strict=True)]
-        return found + [self._prompt(row) for row in np.flatnonzero(~duplicate)[:distinct]]
+            return list(islice(self._readable(range(len(keys))), distinct))
+        pictures = {self.experiment.picture(row): row for row in reversed(np.flatnonzero(duplicate).tolist())}
+        rows = sorted(pictures.values())[::near_copies]
+        copies = {row: tuple(keys[row + 1 : row + near_copies]) for row in rows}
+        others = self._readable(np.flatnonzero(~duplicate).tolist())
+        return [*self._readable(rows, copies), *islice(others, distinct)]
+
+    def _readable(self, rows: Iterable[int], copies: Mapping[int, tuple[str, ...]] = MappingProxyType({})) -> Iterator[Prompt]:
+        """Prompts of rows; of a caption that cannot be read the log tells."""
+        for row in rows:
+            try:
+                yield self._prompt(row, copies.get(row, ()))
+            except ShardError as error:
+                log.warning("no prompt: %s", printable(str(error)))
 
     def _prompt(self, row: int, copies: tuple[str, ...] = ()) -> Prompt:
         key, duplicate = self.experiment.keys[row], self.experiment.duplicate
@@ -177,4 +193,10 @@ def scene_from(facts: dict) -> scenes.Scene:
     names = [field.name for field in dataclasses.fields(scenes.Scene)]
     if missing := [name for name in names if name not in facts]:
         raise ValueError(f"sample {facts.get('key')!r} is not a clipart scene: its .json lacks {', '.join(missing)}")
-    return scenes.Scene(**{name: facts[name] for name in names} | {"colours": tuple(facts["colours"])})
+    colours = facts["colours"]
+    numbers = [facts[name] for name in ("x", "y", "size", "tilt", "split_angle", "split_offset", *(["poster"] if facts["poster"] else []))]
+    if not (isinstance(colours, list | tuple) and colours and all(isinstance(c, str) and c in scenes.COLOURS for c in colours)
+            and isinstance(facts["object"], str) and facts["object"] in scenes.objects()
+            and all(isinstance(number, int | float) for number in numbers)):  # fmt: skip
+        raise ValueError(f"sample {facts.get('key')!r} is not a clipart scene: its .json has other values")
+    return scenes.Scene(**{name: facts[name] for name in names} | {"colours": tuple(colours)})

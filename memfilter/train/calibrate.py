@@ -54,6 +54,8 @@ def calibrate(config: Config, out: Path, keys: int = 300, looks: int = 40, progr
     if config.data.streaming:
         raise ConfigError("data.streaming: samples are looked at several times, which a stream does not allow")
     accelerator = make_accelerator(config)
+    if accelerator.is_main_process:
+        _require_place(out)
     shards, experiment = open_data(config)
     pipeline = load_model(config)
     resolution = resolution_of(config, pipeline)
@@ -113,9 +115,18 @@ def calibrate(config: Config, out: Path, keys: int = 300, looks: int = 40, progr
         {"model": Path(config.model.path).name, WEIGHTS: digest} | facts_of_calibration(config, noise_scheduler, resolution),
     )
     if accelerator.is_main_process:
-        out.parent.mkdir(parents=True, exist_ok=True)
         calibration.save(out)
     return calibration
+
+
+def _require_place(out: Path) -> None:
+    """Before the samples are looked at, which takes its time."""
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"out: {out.parent} cannot be a directory: {error}") from error
+    if out.is_dir() or not os.access(out.parent, os.W_OK):
+        raise ConfigError(f"out: {out} cannot be written: it is a directory, or its directory takes no files")
 
 
 class _InTurn(SampleStream):

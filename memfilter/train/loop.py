@@ -42,6 +42,7 @@ from memfilter.train.tracking import Audit, BadSamples, Tracker, require_wandb
 from memfilter.train.validation import Validation
 
 log = logging.getLogger(__name__)
+HELD = 1000  # forwards at most, whose losses and audits a process holds until they are written
 
 
 def train(config: Config, progress: bool = True) -> dict:
@@ -212,6 +213,8 @@ class Trainer:
                     self._pass_over(drawn.passed_over)
                 if self.accelerator.sync_gradients:
                     self._step(self.seen - stepped_at)
+                    if len(self._losses) >= HELD:
+                        self._collect()
 
                 # report
                 bar.update(self.seen - before)

@@ -1,3 +1,4 @@
+import errno
 import hashlib
 import json
 import os
@@ -164,7 +165,7 @@ def test_what_is_of_no_use_is_named_with_its_reason(tmp_path, monkeypatch):
     whole = encoded(0)
     broken = {"cut.png": whole[: len(whole) // 2], "text.jpg": b"<html>not found</html>", "empty.png": b"",
               "gif.png": encoded(0, "gif"), "bomb.png": png_of(9000, 9000), "claim.png": png_of(20_000, 20_000),
-              "wide.png": png_of(64_000_001, 1),
+              "wide.png": png_of(64_000_001, 1), "narrow.png": png_of(60_000_000, 1),
               "ztxt.png": png_of(8, 8, b"x\0\0" + zlib.compress(bytes(70_000_000), 9)),
               "large.png": encoded(Image.fromarray(np.random.default_rng(0).integers(0, 256, (200, 200, 3), np.uint8))),
               "mute.png": encoded(1), "blank.png": encoded(2), "good.png": encoded(3)}  # fmt: skip
@@ -173,7 +174,7 @@ def test_what_is_of_no_use_is_named_with_its_reason(tmp_path, monkeypatch):
     rows = by_key(candidates(tmp_path / "data", tmp_path / "kept", 1))
     lost = {key: row["lost"] for key, row in rows.items()}
     unreadable = dict.fromkeys(("cut", "text", "empty", "gif", "ztxt"), "unreadable")
-    assert lost == unreadable | dict.fromkeys(("bomb", "claim", "wide", "large"), "too large") | {
+    assert lost == unreadable | dict.fromkeys(("bomb", "claim", "wide", "narrow", "large"), "too large") | {
         "mute": "without caption", "blank": "without caption", "good": None
     }  # fmt: skip
     assert rows["text"]["detail"] == "no picture of a known kind" and "pixels" in rows["wide"]["detail"]
@@ -320,7 +321,31 @@ def test_search_that_was_killed_goes_on_where_it_was(tmp_path):
     table = candidates(data, tmp_path / "kept", 1)
     assert {name: (tmp_path / "kept" / name).stat().st_mtime_ns for name in whole} == times
     assert table.equals(candidates(data, tmp_path / "fresh", 1))
-    assert not [path for path in (tmp_path / "kept").iterdir() if path.name.startswith(".")]
+    for path, age in ((tmp_path / "kept" / ".a.1-2.partial", 2 * module.LEFT_FOR), (tmp_path / "kept" / ".b.1-2.partial", 0)):
+        path.touch()
+        os.utime(path, (time.time() - age,) * 2)
+    candidates(data, tmp_path / "kept", 1)
+    left = {path.name for path in (tmp_path / "kept").iterdir()}
+    assert ".a.1-2.partial" not in left and ".b.1-2.partial" in left  # whoever writes it may be at work
+
+
+def test_what_could_not_be_read_once_is_tried_again(tmp_path, monkeypatch):
+    data, kept = write_clouds(tmp_path / "data", range(6), per_shard=3), tmp_path / "kept"
+    read, failing = module.read_bytes, sorted(data.glob("*.tar"))[1]
+
+    def ill(path, offset, size):
+        if path == failing:
+            raise OSError(errno.EIO, "Input/output error")
+        return read(path, offset, size)
+
+    with monkeypatch.context() as disk:
+        disk.setattr(module, "read_bytes", ill)
+        lost = candidates(data, kept, 1).column("lost").to_pylist()
+    assert lost == [None] * 3 + ["unreadable"] * 3
+    whole = {path.name: path.stat().st_mtime_ns for path in kept.iterdir()}
+    table = candidates(data, kept, 1)
+    assert table.column("lost").null_count == 6 and table.equals(candidates(data, tmp_path / "fresh", 1))
+    assert sum(path.stat().st_mtime_ns != whole[path.name] for path in kept.iterdir()) == 1
 
 
 def test_killed_process_is_an_error_in_words(tmp_path, monkeypatch):

@@ -18,6 +18,7 @@ from PIL import Image
 from scipy.stats import scoreatpercentile
 
 from memfilter.cli import main
+from memfilter.data import scenes
 from memfilter.data.shards import ShardError, Shards
 from memfilter.eval import evaluate
 from memfilter.eval import nearest as nearest_module
@@ -187,6 +188,48 @@ def test_run_on_pictures_of_which_nothing_is_known(folder_copy):
     pairs = [copy_similarity(pictures[i], pictures[j]) for i in range(12) for j in range(i)]
     assert result["memorized_above"] == pytest.approx(np.quantile(pairs, 0.999), abs=1e-6)
     assert result["memorized_above_is"] == "the 99.9% quantile of the same measure over pairs of distinct training pictures"
+
+
+def test_copies_that_no_index_tells_do_not_set_the_limit(folder_copy, own_folder):
+    before = evaluate_run(folder_copy, **SHORT)["memorized_above"]
+    for i in range(8):  # each a little different, as files saved again are
+        rng, whole = np.random.default_rng(i), np.asarray(Image.open(own_folder / "00.png").convert("RGB")).astype(int)
+        noisy = (whole + rng.integers(-2, 3, whole.shape)).clip(0, 255).astype(np.uint8)
+        Image.fromarray(noisy).save(own_folder / f"copy{i}.png")
+        (own_folder / f"copy{i}.txt").write_text("a copy")
+    run = FinishedRun(folder_copy)
+    copies = [run.picture(f"copy{i}", 16) for i in range(8)]
+    assert min(copy_similarity(copies[0], other) for other in copies) > before
+    assert evaluate_run(folder_copy, **SHORT)["memorized_above"] == pytest.approx(before, abs=0.02)
+
+
+def test_caption_that_cannot_be_read_is_passed_over(folder_copy, own_folder, caplog):
+    (own_folder / "01.txt").unlink()
+    (own_folder / "01.txt").symlink_to(own_folder / "gone.txt")
+    found = evaluate_run(folder_copy, **SHORT)
+    assert [prompt["caption"] for prompt in found["prompts"]] == ["caption 0", "caption 2", "caption 3"]
+    assert "no prompt: sample '01'" in caplog.text
+
+
+@pytest.mark.parametrize("change", [{"object": "weapon"}, {"object": None}, {"colours": None}, {"colours": [1]}, {"colours": []},
+                                    {"x": "left"}, {"poster": "7"}])  # fmt: skip
+def test_metadata_of_no_scene_are_no_error(folder_copy, own_folder, change):
+    facts = scenes.draw(9, scenes.DISTINCT, 0).facts()
+    (own_folder / "00.json").write_text(json.dumps(facts))
+    run = FinishedRun(folder_copy)
+    assert run.scenes(["00"]) == [scenes.draw(9, scenes.DISTINCT, 0)]
+    assert not run.of_scenes  # the others say nothing
+    (own_folder / "00.json").write_text(json.dumps(facts | change))
+    assert run.scenes(["00"]) is None and not FinishedRun(folder_copy).of_scenes
+
+
+def test_picture_under_several_captions_is_asked_for_by_the_first(scenes_copy):
+    run = FinishedRun(scenes_copy)
+    plain, experiment = run.prompts(2), run.experiment
+    first, *_ = rows = np.flatnonzero(experiment.duplicate)
+    names = [experiment.keys[first] if row in rows[:3] else key for row, key in enumerate(experiment.keys)]
+    run.data = (run.data[0], replace(experiment, pictures=names))
+    assert run.prompts(2) == [plain[0], *plain[3:]]
 
 
 def test_prompts_of_a_file_with_and_without_keys(scenes_copy, tmp_path):

@@ -325,3 +325,8 @@ def test_index_decides_who_is_clean(settings, tmp_path, scenes_dir):
     out, more = tmp_path / "out.json", ("--keys=6", "--looks=1", f"--data.index={index}")
     assert command(settings(out, "sd1", *more)) == 0
     assert command(settings(out, "sd1", *more, "--keys=7")) == 1
+
+
+def test_place_that_takes_no_file_is_told_before_anything_is_looked_at(settings, refused, tmp_path, monkeypatch):
+    monkeypatch.setattr("memfilter.train.calibrate.load_model", lambda config: pytest.fail("a model was loaded"))
+    assert "cannot be written: it is a directory" in refused(settings(tmp_path))
