@@ -7,6 +7,7 @@ import hashlib
 import json
 import re
 from collections.abc import Callable, Iterator, Sequence, Set
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -27,10 +28,12 @@ from memfilter.data.encode import Encoder
 from memfilter.data.sampler import SampleDataset, View, collate
 from memfilter.data.shards import ShardError
 from memfilter.data.sources import open_data
-from memfilter.files import atomic
+from memfilter.files import atomic, held
+from memfilter.processes import from_main
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16}
 _OURS = re.compile(r"(pictures|prompts)-\d{5,}\.safetensors|index\.parquet|cache\.json")
+LOCK = ".lock"
 _PARTIAL = re.compile(r"\.tmp\w+|\..+\.partial")  # safetensors' own, ours
 
 
@@ -79,10 +82,10 @@ def make_cache(
         encoder = Encoder(pipeline, accelerator.device, memory=0, rows=config.train.batch_size)
         views = _Views(shards, experiment, None, View(resolution, random_flip=config.data.random_flip))
         writer = _Writer(config, encoder, views, made_from, dtype, samples_per_shard)
-        if accelerator.is_main_process:
-            writer.clear()
         accelerator.wait_for_everyone()  # until all have looked at what is there
-        writer.run(accelerator, progress)
+        with ExitStack() as holding:
+            from_main(accelerator.state, lambda: writer.begin(holding))
+            writer.run(accelerator, progress)
     finally:
         torch.set_num_threads(threads)
     return writer.out
@@ -145,7 +148,7 @@ class _Writer:
     def _look(self) -> Set[str]:
         """Names of the shards that are there and whole."""
         there = sorted(path.name for path in self.out.iterdir()) if self.out.is_dir() else []
-        if strange := [name for name in there if not (_OURS.fullmatch(name) or _PARTIAL.fullmatch(name))]:
+        if strange := [name for name in there if not (_OURS.fullmatch(name) or _PARTIAL.fullmatch(name) or name == LOCK)]:
             raise ConfigError(f"data.cache: {self.out} holds {strange[0]!r}, not of a cache: choose a directory for "
                               "nothing else")  # fmt: skip
         headers = {name: _read_header(self.out / name) for name in there if name[0] != "." and name.endswith(SUFFIX)}
@@ -157,9 +160,18 @@ class _Writer:
                                             " another directory" for reason in reasons))  # fmt: skip
         return whole.keys()
 
-    def clear(self) -> None:
-        """Removes what was left half-written."""
-        for path in self.out.iterdir() if self.out.is_dir() else ():
+    def begin(self, holding: ExitStack) -> None:
+        """Makes the directory, holds it, and removes what was left half-written.
+
+        Raises:
+            ConfigError: another call is at work there.
+        """
+        self.out.mkdir(parents=True, exist_ok=True)
+        try:
+            holding.enter_context(held(self.out / LOCK))
+        except BlockingIOError as error:
+            raise ConfigError(f"data.cache: another memfilter cache is at work in {self.out}") from error
+        for path in self.out.iterdir():
             if _PARTIAL.fullmatch(path.name):
                 path.unlink()
 

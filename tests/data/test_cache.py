@@ -6,6 +6,8 @@ import hashlib
 import json
 import re
 import shutil
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import numpy as np
@@ -391,6 +393,21 @@ def test_shards_that_were_cut_or_lost_later_are_refused_and_written_again(config
 def test_others_may_read_what_they_may_list(config, folder, tmp_path):
     out = made(config(cache=tmp_path / "cache", path=folder))
     assert {path.stat().st_mode & 0o777 for path in out.glob("*.safetensors")} == {out.stat().st_mode & 0o666}
+
+
+def test_one_call_at_a_time_is_at_work(config, folder, tmp_path):
+    settings = config(cache=tmp_path / "cache", path=folder)
+    before = contents(made(settings))
+    (tmp_path / "cache" / ".pictures.1-2.partial").touch()  # which the other one may be writing
+    hold = (f"import sys; from pathlib import Path; from memfilter.files import held\n"
+            f"with held(Path({str(tmp_path / 'cache' / making.LOCK)!r})): print(flush=True); sys.stdin.read()")  # fmt: skip
+    with subprocess.Popen([sys.executable, "-c", hold], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+        other.stdout.readline()
+        with pytest.raises(ConfigError, match="another memfilter cache is at work in"):
+            made(settings)
+        assert (tmp_path / "cache" / ".pictures.1-2.partial").exists()
+        other.stdin.close()
+    assert contents(made(settings)) == before
 
 
 def test_directory_with_other_things_is_left_alone(config, folder, tmp_path):

@@ -44,6 +44,21 @@ def test_same_seed_gives_the_same_weights_bit_for_bit_and_another_seed_does_not(
     assert audit(tmp_path, "run0") == audit(tmp_path, "run1")
 
 
+def test_what_a_process_holds_until_it_is_written_changes_nothing(tmp_path, scenes_dir, monkeypatch):
+    counts, collected = [], []
+    collect = loop.Trainer._collect
+    monkeypatch.setattr(loop.Trainer, "_collect", lambda self: collected.append(len(self._losses)) or collect(self))
+    for held in (1000, 2):
+        monkeypatch.setattr(loop, "HELD", held)
+        times = len(collected)
+        run(tmp_path, scenes_dir, f"run{held}", batch_size=2, accumulation=3)
+        counts.append(len(collected) - times)
+    losses = [[json.loads(line)["loss"] for line in (tmp_path / f"run{held}" / "metrics.jsonl").read_text().splitlines()]
+              for held in (1000, 2)]  # fmt: skip
+    assert losses[0] == pytest.approx(losses[1], rel=1e-6) and audit(tmp_path, "run1000") == audit(tmp_path, "run2")
+    assert sum(collected) == 2 * 12 and counts == [3, 3 + 3]  # at the end of steps that leave so many
+
+
 def test_what_is_drawn_for_a_sample_does_not_depend_on_batch_size_and_accumulation(tmp_path, scenes_dir):
     # a learning rate of nothing: the norms then depend on the draws alone
     run(tmp_path, scenes_dir, "a", tau=float("inf"), batch_size=8, learning_rate=1e-30)
