@@ -35,7 +35,7 @@ class Look:
     Args:
         made: pictures and norms.
         words: with their scores; none of a mitigation's.
-        metric: mean norm.
+        metric: mean norm of the steps that the verdict goes by.
         p_value: of the metric.
         memorized: whether the metric reaches the threshold.
     """
@@ -54,11 +54,14 @@ class Studio:
         model: to be looked at.
         clean: norms of clean prompts, generated as ``sampling`` says.
         false_positive_rate: of the verdict.
+        first: steps that it goes by; None for all.
     """
 
-    def __init__(self, model: Model, clean: CleanNorms, sampling: Sampling, false_positive_rate: float = 0.01):
-        self.model, self.clean, self.sampling = model, clean, sampling
-        self.threshold = clean.threshold(false_positive_rate, None, sampling.seeds)
+    def __init__(
+        self, model: Model, clean: CleanNorms, sampling: Sampling, false_positive_rate: float = 0.01, first: int | None = None
+    ):
+        self.model, self.clean, self.sampling, self.first = model, clean, sampling, first
+        self.threshold = clean.threshold(false_positive_rate, first, sampling.seeds)
         self._training = self._prompts_of_the_run()
         self._one_at_a_time = threading.Lock()  # hooks see all that the denoiser does
 
@@ -67,8 +70,8 @@ class Studio:
         with self._one_at_a_time:
             made = generate_prompt(self.model.pipeline, prompt, self.sampling, mitigation)
             words = [] if mitigation.kind != "none" else token_significance(self.model.pipeline, prompt, self.sampling)
-        metric = float(mean_norm(made.norms[None])[0])
-        p_value = float(self.clean.p_values(np.array([metric]), None, self.sampling.seeds)[0])
+        metric = float(mean_norm(made.norms[None], self.first)[0])
+        p_value = float(self.clean.p_values(np.array([metric]), self.first, self.sampling.seeds)[0])
         return Look(made, words, metric, p_value, metric >= self.threshold)
 
     def _prompts_of_the_run(self) -> dict[str, Prompt]:
@@ -97,21 +100,23 @@ class Studio:
         return own + [(made, f"seed {seed}") for seed, made in enumerate(look.made.pictures)]
 
 
-def in_words(look: Look, clean: CleanNorms) -> str:
+def in_words(look: Look, studio: Studio) -> str:
     """The verdict, for people."""
+    clean = studio.clean
     count, n = round(look.p_value * (len(clean.norms) + 1)) - 1, len(clean.norms)
     as_strong = f"none of {n}" if count == 0 else f"{count} of {n}"
     verdict = "Memorized" if look.memorized else "Not memorized, as far as the norm tells"
-    return (f"**{verdict}.** The model answers this prompt with a mean norm of {look.metric:.3g}; {as_strong} clean prompts "
+    over = "" if studio.first is None else " at the first step" if studio.first == 1 else f" over the first {studio.first} steps"
+    return (f"**{verdict}.** The model answers this prompt with a mean norm of {look.metric:.3g}{over}; {as_strong} clean prompts "
             f"are answered as strongly (p = {look.p_value:.2g}).")  # fmt: skip
 
 
-def what_came_of(look: Look, before: Look, how: Mitigation, clean: CleanNorms) -> str:
+def what_came_of(look: Look, before: Look, how: Mitigation, studio: Studio) -> str:
     """What a mitigation did, for people. An embedding that was moved to lower the norm has no p-value: clean ones were not."""
     if how.kind == "rta":
-        return in_words(look, clean)
+        return in_words(look, studio)
     return (f"The model answers with a mean norm of {look.metric:.3g} instead of {before.metric:.3g}; of clean prompts it is "
-            f"{np.median(clean.metric()):.3g} in the median. The embedding was moved to lower the first "
+            f"{np.median(studio.clean.metric(studio.first)):.3g} in the median. The embedding was moved to lower the first "
             "step's, so this is no verdict: whether the picture is still a copy, look.")  # fmt: skip
 
 
@@ -131,7 +136,7 @@ def figure_of(look: Look, clean: CleanNorms, before: Look | None = None):
                                showlegend=number == 0)  # fmt: skip
     figure.update_layout(
         height=300, margin={"l": 50, "r": 10, "t": 10, "b": 40}, template="plotly_white",
-        xaxis_title="step", yaxis_title="norm", legend={"orientation": "h", "y": 1.15},
+        xaxis={"title": "step", "dtick": max(1, len(steps) // 10)}, yaxis_title="norm", legend={"orientation": "h", "y": 1.15},
     )  # fmt: skip
     return figure
 
@@ -165,7 +170,7 @@ def build(studio: Studio) -> gr.Blocks:
     def look(prompt: str):
         prompt = checked(prompt)
         found = studio.look(prompt)
-        return (found, prompt, studio.shown(prompt, found), in_words(found, studio.clean), figure_of(found, studio.clean),
+        return (found, prompt, studio.shown(prompt, found), in_words(found, studio), figure_of(found, studio.clean),
                 pieces(found.words), [], "", gr.update(visible=False))  # fmt: skip
 
     def mitigate(prompt: str, kind: str, target: float, tokens: int, before: Look | None, seen: str):
@@ -178,9 +183,9 @@ def build(studio: Studio) -> gr.Blocks:
             before = studio.look(prompt)
         found = studio.look(prompt, how)
         instead = gr.update(value="\n".join(found.made.shown), visible=how.kind == "rta")
-        return (before, prompt, studio.shown(prompt, before), in_words(before, studio.clean),
+        return (before, prompt, studio.shown(prompt, before), in_words(before, studio),
                 figure_of(found, studio.clean, before), pieces(before.words), list(found.made.pictures),
-                what_came_of(found, before, how, studio.clean), instead)  # fmt: skip
+                what_came_of(found, before, how, studio), instead)  # fmt: skip
 
     def drop(prompt: str, event: gr.SelectData):
         return without_word(prompt, int(event.index[0] if isinstance(event.index, list | tuple) else event.index))
@@ -217,14 +222,14 @@ def build(studio: Studio) -> gr.Blocks:
 
 
 def serve(
-    model: Model, clean: CleanNorms, sampling: Sampling, false_positive_rate: float, host: str, port: int
+    model: Model, clean: CleanNorms, sampling: Sampling, false_positive_rate: float, first: int | None, host: str, port: int
 ) -> None:
     """Opens the page, says where, and stays until it is stopped.
 
     Raises:
         ValueError: the port is taken, or a false positive rate that the clean prompts do not carry.
     """
-    page = build(Studio(model, clean, sampling, false_positive_rate))
+    page = build(Studio(model, clean, sampling, false_positive_rate, first))
     # no fonts of another host: the page shows prompts that are nobody else's business
     theme = gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["monospace"])
     try:

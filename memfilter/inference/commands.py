@@ -236,6 +236,7 @@ def app(
     model: str,
     clean: str | None = None,
     false_positive_rate: float = 0.01,
+    first: int = 10,
     seeds: int = 4,
     steps: int = 20,
     guidance_scale: float = 7.5,
@@ -253,6 +254,7 @@ def app(
         clean: file of prompts that are certainly not memorized, or .json of their norms. By default, for models of clipart
             scenes, captions of new scenes.
         false_positive_rate: share of clean prompts that may be called memorized.
+        first: steps that the verdict goes by, as of `memfilter detect`; 0, or as many as there are, for all.
         seeds: pictures of each prompt.
         steps: of the sampler.
         guidance_scale: of classifier-free guidance, above 1.
@@ -262,6 +264,7 @@ def app(
     """
     if not 0 <= port < 2**16:
         raise ValueError(f"port must be among 0 ... 65535, found {port}")
+    _at_least(0, first=first)
 
     from memfilter.inference.app import serve
     from memfilter.inference.detection import Sampling
@@ -270,4 +273,4 @@ def app(
     chosen = Model(model)
     sampling = Sampling(seeds, steps, guidance_scale, size or chosen.size)
     ground = chosen.clean_norms(Path(clean) if clean else None, sampling, rate=false_positive_rate, count=SHIPPED_PROMPTS)
-    serve(chosen, ground, sampling, false_positive_rate, host, port)
+    serve(chosen, ground, sampling, false_positive_rate, first if 0 < first < steps else None, host, port)

@@ -147,6 +147,10 @@ def test_run_shows_its_training_pictures_for_as_long_as_they_are_there(run, tmp_
     (picture, told), *made = studio.shown(duplicates[0], look)
     np.testing.assert_array_equal(picture, model.run.picture(model.run.prompts(0)[0].key, 32))
     assert told == "training picture" and [text for _, text in made] == ["seed 0", "seed 1"]
+    early = Studio(model, studio.clean, sampling, 0.2, 1)
+    assert look.metric == pytest.approx(look.made.norms.mean()) and early.look(duplicates[0]).metric == look.made.norms[:, 0].mean()
+    assert early.threshold == studio.clean.threshold(0.2, 1, 2) != studio.threshold
+    assert "at the first step" in app.in_words(early.look(duplicates[0]), early)
     assert len(studio.shown("something else", look)) == 2
     with monkeypatch.context() as fewer:
         fewer.setattr(app, "EXAMPLES", 1)
