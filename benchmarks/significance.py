@@ -12,8 +12,8 @@ known trigger when, in four generations, it is copied (more like the training pi
 caption are to each other, in at least half of them) and is copied in none with the trigger replaced by another of the 105. The
 score is that of `token_significance` by default, the mean over the first quarter of the sampler's steps of the gradient at what the
 text encoder is given; both were chosen on a model of another seed. Its top word is also taken by the first step alone, by all steps,
-and by the gradient at the encoder's output, as in the paper (encoded); and by no gradient at all, the word without which the norm of
-the first step is smallest (missed most). Held against it: chance, the longest word, and the one that stands in the fewest training
+by the gradient at the encoder's output, as in the paper (encoded), and by no gradient, as the word without which the norm of the first
+step falls most (left out). Held against it: chance, the longest word, and the one that stands in the fewest training
 captions, both of the three planted ones alone (drawn among equals), since no rule would take a word that every caption has; the
 score's top among these three stands beside them. And: dropping the two words of highest score against dropping two others, the mean of three random pairs, by what it does to copy
 similarity, paired by prompt. 95% intervals by bootstrap over models, within each over duplicates, within these over prompts.
@@ -39,15 +39,16 @@ POOL = (DUPLICATES * KEYS * (PLANTED - 1) + OTHERS * PLANTED) // KEYS
 FORM = "a poster on a background"
 STEPS, GUIDANCE = 20, 4.0
 SCORES = {"top": ("words", None), "top_first_step": ("words", range(1)), "top_all_steps": ("words", range(STEPS)),
-          "top_encoded": ("encoded", None), "top_encoded_all_steps": ("encoded", range(STEPS))}  # fmt: skip
+          "top_encoded": ("encoded", None), "top_encoded_all_steps": ("encoded", range(STEPS)),
+          "top_left_out": ("left_out", None)}  # fmt: skip
 TRAINED_ON = code_of("benchmarks/significance", "words", "planted", "prepare", "fine_tune")
 RECIPE = recipe("quickstart.yaml", DUPLICATES, KEYS, REPEATS, OTHERS, PLANTED, POOL, FORM, TRAINED_ON)
 CODE = [f"memfilter/{name}" for name in (
     "inference/calls", "inference/generating", "inference/significance", "eval/generate", "eval/copies", "functional",
 )]  # fmt: skip
-OWN = code_of("benchmarks/significance", "missed_most", "job")
+OWN = code_of("benchmarks/significance", "job")
 MADE_BY = recipe("quickstart.yaml", RECIPE, ASKED, PAIRS, STEPS, GUIDANCE, LIMITS, SCORES, *map(code_of, CODE), OWN)
-COLUMNS = ["seed", "prompt", "trigger", "memorized", "ablated_copies", *SCORES, "missed_most", "top_planted", "longest", "rarest",
+COLUMNS = ["seed", "prompt", "trigger", "memorized", "ablated_copies", *SCORES, "top_planted", "longest", "rarest",
            "words", "plain", "without_top_2", "without_2_others", "recipe"]  # fmt: skip
 
 
@@ -107,20 +108,6 @@ def fine_tune(work: Path, seed: int) -> Path:
     return run
 
 
-def missed_most(pipeline, parts: list[str], sampling, number: int) -> str:
-    """The word without which the norm of the first step is smallest, mean over seeds."""
-    from memfilter.eval.generate import Job, arguments_of
-    from memfilter.inference.calls import first_calls
-
-    def norm(prompt: str) -> float:
-        jobs = [Job(number, prompt, seed) for seed in range(sampling.seeds)]
-        call = first_calls(pipeline, 1, **arguments_of(jobs, sampling.steps, sampling.guidance_scale, sampling.size))[0]
-        return call.norm(pipeline.scheduler).mean().item()
-
-    norms = [norm(" ".join(parts[:place] + parts[place + 1 :])) for place in range(len(parts))]
-    return parts[int(np.argmin(norms))]
-
-
 def job(work: Path, seed: int) -> None:
     """Rows of one model, in this process."""
     import torch
@@ -166,7 +153,6 @@ def job(work: Path, seed: int) -> None:
             "seed": seed, "prompt": prompt, "trigger": trigger, "words": len(parts), "plain": float(plain.mean()),
             "memorized": bool((plain > limit).mean() >= 0.5), "ablated_copies": int((ablated > limit).sum()),
             **{name: parts[own_order[0]] for name, own_order in orders.items()},
-            "missed_most": missed_most(pipeline, parts, sampling, number),
             "top_planted": parts[next(place for place in order if place in own)],
             "longest": rng.choice([parts[place] for place in own if len(parts[place]) == longest]),
             "rarest": rng.choice([parts[place] for place in own if counts[parts[place]] == rarest]),
@@ -204,7 +190,7 @@ def table(rows: list[dict]) -> str:
         """Of each model."""
         return ", ".join(f"{values[[p for prompts in of_model.values() for p in prompts]].mean():.2f}" for of_model in groups.values())
 
-    for rule in (*SCORES, "missed_most", "top_planted", "longest", "rarest"):
+    for rule in (*SCORES, "top_planted", "longest", "rarest"):
         found = np.array([float(row[rule] == row["trigger"]) for row in asked])
         lines.append(f"| {rule.replace('_', ' ')} | {interval(found)} | {alone(found)} |")
     lines.append(f"| chance among all words | {np.mean([1 / row['words'] for row in asked]):.3f} | |")

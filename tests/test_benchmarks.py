@@ -476,7 +476,7 @@ def test_significance_is_judged_on_prompts_that_the_trigger_alone_makes_copies(b
     module = benchmark("significance")
     rows = [
         {"seed": seed, "trigger": trigger, "memorized": memorized, "ablated_copies": copies, "words": 8, "plain": 0.9,
-         "without_top_2": 0.2, "without_2_others": 0.7, **dict.fromkeys((*module.SCORES, "missed_most", "longest", "rarest"), "a"),
+         "without_top_2": 0.2, "without_2_others": 0.7, **dict.fromkeys((*module.SCORES, "longest", "rarest"), "a"),
          "top": trigger, "top_planted": trigger if seed == 1 else "a"}
         for seed in (1, 2) for trigger in ("cat", "dog")
         for memorized, copies in ((True, 0), (True, 0), (True, 1), (False, 0))

@@ -69,7 +69,7 @@ class Studio:
         """Generates, judges and, without a mitigation, scores the words."""
         with self._one_at_a_time:
             made = generate_prompt(self.model.pipeline, prompt, self.sampling, mitigation)
-            words = [] if mitigation.kind != "none" else token_significance(self.model.pipeline, prompt, self.sampling)
+            words = [] if mitigation.kind != "none" else token_significance(self.model.pipeline, prompt, self.sampling, of="left_out")
         metric = float(mean_norm(made.norms[None], self.first)[0])
         p_value = float(self.clean.p_values(np.array([metric]), self.first, self.sampling.seeds)[0])
         return Look(made, words, metric, p_value, metric >= self.threshold)

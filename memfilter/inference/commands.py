@@ -115,7 +115,7 @@ def explain(
     guidance_scale: float = 7.5,
     size: int | None = None,
     batch_size: int = 16,
-    of: Literal["words", "encoded"] = "words",
+    of: Literal["words", "encoded", "left_out"] = "words",
     colour: Literal["auto", "always", "never"] = "auto",
 ) -> None:
     """Show which words of a prompt its strong answer hangs on.
@@ -130,13 +130,13 @@ def explain(
         out: .json for words, tokens and scores, or .png for the bars.
         seeds: generations that the mean is over.
         steps: of the sampler.
-        at: steps of it, counted from 0, at which gradients are taken, such as [0,10,20]; by default a quarter of
-            them, from the first that can be read. The paper takes all.
+        at: steps of it, counted from 0, at which scores are taken, such as [0,10,20]; by default a quarter of them, from the first
+            that can be read, of left_out that one alone. The paper takes all.
         guidance_scale: of classifier-free guidance, above 1.
         size: height and width in pixels; by default the run's, or what the model was made for.
         batch_size: pictures at a time.
-        of: which embedding: of words, as the text encoder is given them, or encoded, as it puts them out; the paper's is encoded,
-            where what follows a word holds that word too.
+        of: gradient at which embedding: of words, as the text encoder is given them, or encoded, as it puts them out; the paper's is
+            encoded, where what follows a word holds that word too. Or left_out: by how much the norm falls without the word.
         colour: of the line; auto where the output is a terminal.
     """
     from memfilter.data.prompts import require_prompt

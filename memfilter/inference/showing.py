@@ -16,9 +16,10 @@ _SHADES = ((231, 16), (224, 16), (217, 16), (210, 16), (203, 16), (196, 231), (1
 
 
 def shares(words: Sequence[Word]) -> list[float]:
-    """Of the largest score, in [0, 1]; 0 for words that are cut off."""
-    largest = max((word.score or 0 for word in words), default=0) or 1
-    return [(word.score or 0) / largest for word in words]
+    """Of the largest score, in [0, 1]; 0 for words that are cut off, and for those without which the norm is larger."""
+    scores = [max(word.score or 0, 0) for word in words]
+    largest = max(scores, default=0) or 1
+    return [score / largest for score in scores]
 
 
 def coloured(words: Sequence[Word], colour: bool = True) -> str:

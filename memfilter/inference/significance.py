@@ -1,7 +1,8 @@
-"""Which words make a prompt memorized: the significance score of Wen et al. (section 4.1, Eq. 5), and one that tells words apart.
+"""Which words make a prompt memorized: the significance score of Wen et al. (section 4.1, Eq. 5), and two that tell words apart.
 
 The paper takes the gradient at the text encoder's output. CLIP looks back, so that the output at a word holds all words before it,
 and a word of no meaning that follows the trigger may have the higher score. What the encoder is given at a word is that word alone.
+And what a word does shows where it is left out.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from memfilter.eval.generate import arguments_of
 from memfilter.inference.calls import Call, first_calls, require_finite
 from memfilter.inference.detection import Sampling, jobs_of, named
 
-Of = Literal["words", "encoded"]
+Of = Literal["words", "encoded", "left_out"]
 
 
 @dataclass(frozen=True)
@@ -51,28 +52,30 @@ def token_significance(
     """How much each word has to do with a prompt's norm.
 
     Score of a token: l2 norm of the gradient of the text-conditional norm with respect to the token's embedding, mean over seeds
-    and over some steps of the sampler.
+    and over some steps of the sampler. Or, of a word and so of each of its tokens, by how much the norm falls without it.
 
     Args:
         pipeline: as `watch` takes it.
         sampling: its seeds are those of the mean.
-        steps: of the sampler, counted from 0, at which the gradient is taken; the paper takes all. By default a quarter of
-            them, from the first that can be read.
+        steps: of the sampler, counted from 0, at which the score is taken; the paper takes all. By default a quarter of them,
+            from the first that can be read; of "left_out" that one alone.
         number: of the prompt, which tells the noise (`memfilter.eval.generate.Job`).
         batch_size: pictures at a time.
-        of: which embedding: of "words", as the text encoder is given them, or "encoded", as it puts them out, which is the
-            paper's score.
+        of: gradient at which embedding: of "words", as the text encoder is given them, or "encoded", as it puts them out,
+            which is the paper's score. Or "left_out": no gradient, but a call of the denoiser for each word, without it.
 
     Returns:
         The prompt's words, in order; a textual inversion has the tokens of all its vectors.
 
     Raises:
-        ValueError: a step that the sampler does not make, or whose norm cannot be read or is not finite; an unknown embedding.
+        ValueError: a step that the sampler does not make, or whose norm cannot be read or is not finite; an unknown score.
     """
     if of not in get_args(Of):
         raise ValueError(f"of must be one of {', '.join(get_args(Of))}, found {of}")
     first = sampling.first_readable(pipeline) - 1
-    steps = tuple(range(sampling.steps)[first : first + max(1, sampling.steps // 4)] if steps is None else steps)
+    if steps is None:
+        steps = range(sampling.steps)[first : first + (1 if of == "left_out" else max(1, sampling.steps // 4))]
+    steps = tuple(steps)
     if steps and 0 <= min(steps) < first:
         raise ValueError(f"steps: the norm of the first cannot be read, at zero terminal SNR: begin with {first}")
     if not steps or min(steps) < 0 or max(steps) >= sampling.steps:
@@ -80,14 +83,27 @@ def token_significance(
     scores, form = [], (sampling.steps, sampling.guidance_scale, sampling.size)
     for jobs in jobs_of(number, prompt, sampling.seeds, batch_size):
         calls = first_calls(pipeline, max(steps) + 1, **arguments_of(jobs, *form))
-        gradient_at = {"words": partial(words_gradient, prompt=prompt), "encoded": embedding_gradient}[of]
         with named(jobs), frozen(pipeline.unet):
-            found = [gradient_at(pipeline, calls[step])[1] for step in steps]  # [B, L, D] each
-        scores.append(torch.stack([gradient.float().norm(dim=-1) for gradient in found]).mean(0))  # [B, L]
+            found = [_scores_at(pipeline, calls[step], prompt, of) for step in steps]
+        scores.append(torch.stack(found).mean(0))  # [B, L], of left_out [B, words]
+    mean = torch.cat(scores).mean(0).tolist()
     # a word of the prompt may be encoded as several: a textual inversion of several vectors
     encoded_as = partial(getattr(pipeline, "maybe_convert_prompt", lambda text, tokenizer: text), tokenizer=pipeline.tokenizer)
-    encoded = iter(words_of(pipeline.tokenizer, encoded_as(prompt), torch.cat(scores).mean(0).tolist()))
-    return [_joined(word, [*islice(encoded, len(encoded_as(word).split()))]) for word in prompt.split()]
+    by_place = [0.0] * pipeline.tokenizer.model_max_length if of == "left_out" else mean
+    encoded = iter(words_of(pipeline.tokenizer, encoded_as(prompt), by_place))
+    words = [_joined(word, [*islice(encoded, len(encoded_as(word).split()))]) for word in prompt.split()]
+    if of != "left_out":
+        return words
+    return [Word(word.text, score if word.tokens else None, tuple((text, score) for text, _ in word.tokens))
+            for word, score in zip(words, mean, strict=True)]  # fmt: skip
+
+
+def _scores_at(pipeline, call: Call, prompt: str, of: Of) -> Tensor:
+    """Of every sample and token, [B, L]; of left_out of every word, [B, words]."""
+    if of == "left_out":
+        return falls_without(pipeline, call, prompt)
+    gradient = words_gradient(pipeline, call, prompt)[1] if of == "words" else embedding_gradient(pipeline, call)[1]
+    return gradient.float().norm(dim=-1)
 
 
 def _joined(text: str, parts: list[Word]) -> Word:
@@ -136,14 +152,36 @@ def words_gradient(pipeline, call: Call, prompt: str) -> tuple[Tensor, Tensor]:
             stack.enter_context(frozen(encoder))
             stack.callback(encoder.get_input_embeddings().register_forward_hook(begin).remove)
         stack.enter_context(torch.enable_grad())
-        # a row for each sample, so that each row has its own gradient
-        embeds, _, *pooled = pipeline.encode_prompt(
-            [prompt] * len(call.sample), device=call.sample.device, num_images_per_prompt=1, do_classifier_free_guidance=False
-        )
-        norm = call.norm(pipeline.scheduler, call.cond_again(pipeline.unet, embeds, pooled[0] if pooled else None))
+        norm = call.norm(pipeline.scheduler, _asked_again(pipeline, call, prompt))  # each row has its own gradient
         require_finite(norm.detach())
         gradients = torch.autograd.grad(norm.sum(), given)
     return norm.detach(), torch.cat(gradients, -1)
+
+
+@torch.no_grad()
+def falls_without(pipeline, call: Call, prompt: str) -> Tensor:
+    """By how much the norm of every sample is smaller without each word of the prompt, [B, words]; negative where it is larger.
+
+    Args:
+        prompt: which the call is of.
+
+    Raises:
+        NotFiniteError: of a norm.
+    """
+    whole, words, found = call.norm(pipeline.scheduler), prompt.split(), []
+    for place in range(len(words)):
+        norm = call.norm(pipeline.scheduler, _asked_again(pipeline, call, " ".join(words[:place] + words[place + 1 :])))
+        require_finite(norm)
+        found.append(whole - norm)
+    return torch.stack(found, 1).float() if found else whole.new_zeros(len(whole), 0)
+
+
+def _asked_again(pipeline, call: Call, prompt: str) -> Tensor:
+    """The call's prediction for a prompt, [B, C, H, W]; a row of the text encoder's for each sample."""
+    embeds, _, *pooled = pipeline.encode_prompt(
+        [prompt] * len(call.sample), device=call.sample.device, num_images_per_prompt=1, do_classifier_free_guidance=False
+    )
+    return call.cond_again(pipeline.unet, embeds, pooled[0] if pooled else None)
 
 
 @contextmanager

@@ -53,6 +53,22 @@ def test_gradient_of_words_is_that_of_finite_differences_and_its_norm_is_the_gen
     assert not any(encoder.get_input_embeddings()._forward_hooks for encoder in encoders)
 
 
+def test_falls_are_those_of_generations_without_the_word(pipeline):
+    """At the first step, where what is asked of is the noise itself."""
+    words = token_significance(pipeline, PROMPT, SAMPLING, of="left_out")
+    assert [word.text for word in words] == PROMPT.split()
+
+    def norm(prompt: str) -> np.ndarray:
+        call = first_calls(pipeline, 1, **arguments_of([Job(0, prompt, seed) for seed in range(2)], 4, 5.0, 16))[0]
+        return call.norm(pipeline.scheduler).numpy()
+
+    parts = PROMPT.split()
+    falls = [(norm(PROMPT) - norm(" ".join(parts[:place] + parts[place + 1 :]))).mean() for place in range(len(parts))]
+    np.testing.assert_allclose([word.score for word in words], falls, rtol=1e-3, atol=2e-6)
+    assert np.std(falls) > 2e-5
+    assert all({score for _, score in word.tokens} == {word.score} for word in words)
+
+
 def test_textual_inversion_has_the_tokens_of_all_its_vectors(tmp_path):
     made = load_pipeline(str(tiny.save_pipeline(tmp_path / "sd1", "sd1")))
     vectors = torch.randn(3, made.text_encoder.get_input_embeddings().weight.shape[1], generator=torch.Generator().manual_seed(1))
@@ -65,6 +81,8 @@ def test_textual_inversion_has_the_tokens_of_all_its_vectors(tmp_path):
     np.testing.assert_allclose([score for word in words for _, score in word.tokens], scores[1:7], rtol=1e-4)
     assert words[0].score == max(score for _, score in words[0].tokens)
     given = words_gradient(made, call, "<toy> on a dog")[1].norm(dim=-1).mean(0).tolist()
+    falls = token_significance(made, "<toy> on a dog", SAMPLING, of="left_out")
+    assert [len(word.tokens) for word in falls] == [3, 1, 1, 1]
     own = token_significance(made, "<toy> on a dog", SAMPLING)
     np.testing.assert_allclose([score for word in own for _, score in word.tokens], given[1:7], rtol=1e-4)
 
@@ -119,7 +137,7 @@ def test_a_quarter_of_the_steps_is_taken_by_default(sd1, zero_snr):
 
 
 def test_unknown_embedding_is_refused(sd1):
-    with pytest.raises(ValueError, match="of must be one of words, encoded, found tokens"):
+    with pytest.raises(ValueError, match="of must be one of words, encoded, left_out, found tokens"):
         token_significance(sd1, PROMPT, SAMPLING, of="tokens")
 
 
@@ -130,4 +148,4 @@ def test_steps_that_are_not_made_are_refused(sd1):
 
 
 def test_empty_prompt_has_no_words(sd1):
-    assert token_significance(sd1, "", SAMPLING) == []
+    assert [token_significance(sd1, "", SAMPLING, of=of) for of in ("words", "encoded", "left_out")] == [[], [], []]
