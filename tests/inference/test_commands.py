@@ -5,6 +5,7 @@ import os
 import re
 import sys
 from pathlib import Path
+from typing import get_args
 
 import launching
 import numpy as np
@@ -18,6 +19,7 @@ from memfilter.eval.generate import Job, generate_batch
 from memfilter.files import held
 from memfilter.inference import CleanNorms, Sampling, detection, generating, measure_prompts, token_significance
 from memfilter.inference.models import SHIPPED, SHIPPED_PROMPTS, Model
+from memfilter.inference.significance import Of
 from memfilter.pipelines import load_pipeline, model_dir
 
 SHIPPED_FILE = model_dir("scenes") / SHIPPED
@@ -162,11 +164,12 @@ def test_words_of_the_command_line_that_cannot_be_used_are_said_in_one_line(dire
         assert f"error: port must be among 0 ... 65535, found {port}" in capsys.readouterr().err
 
 
-def test_words_are_shown_in_every_form(directory, tmp_path, capsys):
+@pytest.mark.parametrize("of", get_args(Of))
+def test_words_are_shown_in_every_form(directory, tmp_path, capsys, of):
     prompt = "$x^2$ \x1b[31mred dog"
-    words = token_significance(load_pipeline(str(directory)), prompt, Sampling(2, 3, 5.0, 16))
+    words = token_significance(load_pipeline(str(directory)), prompt, Sampling(2, 3, 5.0, 16), of=of)
     for out in (tmp_path / "w.json", tmp_path / "w.png"):
-        assert main(["explain", str(directory), prompt, f"--out={out}", "--seeds=2", "--colour=always", *SMALL]) == 0
+        assert main(["explain", str(directory), prompt, f"--out={out}", "--seeds=2", f"--of={of}", "--colour=always", *SMALL]) == 0
     told = capsys.readouterr().out
     assert re.findall(r"\033\[48;5;\d+m\033\[38;5;\d+m(.*?)\033\[0m", told)[:3] == ["$x^2$", "\\x1b[31mred", "dog"]
     content = json.loads((tmp_path / "w.json").read_text())
