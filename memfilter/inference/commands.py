@@ -115,14 +115,14 @@ def explain(
     guidance_scale: float = 7.5,
     size: int | None = None,
     batch_size: int = 16,
-    of: Literal["words", "encoded", "left_out"] = "words",
+    of: Literal["left_out", "words", "encoded"] = "left_out",
     colour: Literal["auto", "always", "never"] = "auto",
 ) -> None:
     """Show which words of a prompt its strong answer hangs on.
 
-    The significance score is the length of the norm's gradient with respect to a token's embedding, averaged over seeds and
-    steps (after Wen et al., section 4.1); a word has the largest of its tokens'. Prints the prompt with its words coloured by
-    score, and a bar for each.
+    A word's score is by how much the norm falls without it; or the significance score of Wen et al. (section 4.1), the length of the
+    norm's gradient with respect to a token's embedding, of which a word has the largest of its tokens'. Means over seeds and steps.
+    Prints the prompt with its words coloured by score, and a bar for each.
 
     Args:
         model: directory of a run, of a diffusers pipeline, a hub id, or "scenes".
@@ -135,8 +135,8 @@ def explain(
         guidance_scale: of classifier-free guidance, above 1.
         size: height and width in pixels; by default the run's, or what the model was made for.
         batch_size: pictures at a time.
-        of: gradient at which embedding: of words, as the text encoder is given them, or encoded, as it puts them out; the paper's is
-            encoded, where what follows a word holds that word too. Or left_out: by how much the norm falls without the word.
+        of: left_out: by how much the norm falls without the word. Or the gradient at embeddings, words, as the text encoder is given
+            them, or encoded, as it puts them out: the paper's, where what follows a word holds that word too.
         colour: of the line; auto where the output is a terminal.
     """
     from memfilter.data.prompts import require_prompt
