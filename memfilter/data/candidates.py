@@ -32,6 +32,7 @@ from memfilter.data.shards import (
     TooLarge,
     as_key,
     decode,
+    may_pass,
     read_bytes,
 )  # fmt: skip
 from memfilter.files import atomic
@@ -185,12 +186,6 @@ def _hash_unit(data: Path, kept: Path, unit: Unit) -> None:
     schema = SCHEMA.with_metadata({AGAIN: b"1"}) if again else SCHEMA
     with atomic(kept / f"{unit.stamp}.parquet") as partial:
         pq.write_table(pa.Table.from_pylist(rows, schema), partial, compression="zstd")
-
-
-def may_pass(error: BaseException | None) -> bool:
-    """Whether it is the file system's, as of a disk or a network that failed, or of a permission; and not PIL's, which has no number,
-    or of a file that is not there."""
-    return isinstance(error, OSError) and error.errno is not None and not isinstance(error, FileNotFoundError)
 
 
 def _hash_sample(data: Path, unit: Unit, shards: Shards, key: str, again: list[Exception]) -> dict:

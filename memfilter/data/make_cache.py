@@ -26,7 +26,7 @@ from memfilter.config import Config, ConfigError, check
 from memfilter.data.cache import COMPLETE, INDEX, PARTS, SCHEMA, SUFFIX, differences, fingerprint, shard_name
 from memfilter.data.encode import Encoder
 from memfilter.data.sampler import SampleDataset, View, collate
-from memfilter.data.shards import ShardError
+from memfilter.data.shards import ShardError, may_pass
 from memfilter.data.sources import open_data
 from memfilter.files import atomic, held
 from memfilter.processes import from_main
@@ -113,9 +113,10 @@ class _Views(SampleDataset):
         sample = {"view": (key, None, bool(flip)), "pixels": None, "original_size": None, "crop_top_left": None}
         try:
             self.shards.caption(key)
-            return sample | {"bad": None} | self._picture(sample["view"])
+            return sample | {"bad": None, "again": False} | self._picture(sample["view"])
         except ShardError as error:
-            return sample | {"bad": str(error).encode("utf-8", "backslashreplace").decode()}
+            reason = str(error).encode("utf-8", "backslashreplace").decode()
+            return sample | {"bad": reason, "again": may_pass(error.__cause__)}
 
 
 class _Writer:
@@ -146,7 +147,7 @@ class _Writer:
             yield _Job(kind, shard_name(kind, number), range(start, min(start + self.per_shard[kind], total)))
 
     def _look(self) -> Set[str]:
-        """Names of the shards that are there and whole."""
+        """Names of the shards that are there and whole; not of those where a read failed that may succeed now."""
         there = sorted(path.name for path in self.out.iterdir()) if self.out.is_dir() else []
         if strange := [name for name in there if not (_OURS.fullmatch(name) or _PARTIAL.fullmatch(name) or name == LOCK)]:
             raise ConfigError(f"data.cache: {self.out} holds {strange[0]!r}, not of a cache: choose a directory for "
@@ -158,7 +159,7 @@ class _Writer:
             if reasons:
                 raise ConfigError("\n".join(f"data.cache: {self.out} was begun otherwise: {reason}; remove it or choose"
                                             " another directory" for reason in reasons))  # fmt: skip
-        return whole.keys()
+        return {name for name, header in whole.items() if not header.get("again")}
 
     def begin(self, holding: ExitStack) -> None:
         """Makes the directory, holds it, and removes what was left half-written.
@@ -204,17 +205,18 @@ class _Writer:
         return iter(DataLoader(self.views, batch_sampler=batches, collate_fn=collate, num_workers=self.workers))
 
     def _pictures(self, job: _Job, samples: Iterator[dict], progress: Callable) -> None:
-        tensors, bad = {}, {}
+        tensors, bad, again = {}, {}, False
         for numbers in _batches(job.rows, self.batch_size):
             batch = next(samples)
             reasons = dict(zip(numbers, batch.pop("bad"), strict=True))
             bad |= {number: reason for number, reason in reasons.items() if reason is not None}
+            again |= any(batch.pop("again"))
             good = [i for i, reason in enumerate(reasons.values()) if reason is None]
             if good:
                 parts = self.encoder.posteriors({name: [values[i] for i in good] for name, values in batch.items()})
                 self._fill(tensors, job, [numbers[i] for i in good], parts)
             progress(len(numbers))
-        self._save(job, tensors, bad)
+        self._save(job, tensors, bad, again)
 
     def _prompts(self, job: _Job, progress: Callable) -> None:
         tensors = {}
@@ -234,9 +236,9 @@ class _Writer:
                                  "--dtype=fp32")  # fmt: skip
             tensors[name][[number - job.rows.start for number in numbers]] = part
 
-    def _save(self, job: _Job, tensors: dict[str, Tensor], bad: dict[int, str]) -> None:
+    def _save(self, job: _Job, tensors: dict[str, Tensor], bad: dict[int, str], again: bool = False) -> None:
         # one entry: safetensors has no order for several
-        metadata = {"memfilter": json.dumps(self.header | {"bad": bad}, sort_keys=True)}
+        metadata = {"memfilter": json.dumps(self.header | {"bad": bad, "again": again}, sort_keys=True)}
         try:
             with atomic(self.out / job.name) as partial:
                 save_file(tensors, partial, metadata)

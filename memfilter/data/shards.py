@@ -153,6 +153,12 @@ class Shards:
             raise ShardError(f"{name} cannot be read ({error}): fetch or write it again") from error
 
 
+def may_pass(error: BaseException | None) -> bool:
+    """Whether it is the file system's, as of a disk or a network that failed, or of a permission; and not PIL's, which has no number,
+    or of a file that is not there."""
+    return isinstance(error, OSError) and error.errno is not None and not isinstance(error, FileNotFoundError)
+
+
 def as_key(name: str) -> str:
     """Keys go into files: bytes that are no UTF-8, which Python keeps as surrogates, are written out."""
     return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")

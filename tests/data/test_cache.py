@@ -2,6 +2,7 @@
 diffusers' own encodings. How it is written by processes that are killed is in tests/distributed."""
 
 import dataclasses
+import errno
 import hashlib
 import json
 import re
@@ -36,6 +37,7 @@ from memfilter.config import (
 )
 from memfilter.data import cache as module
 from memfilter.data import make_cache as making
+from memfilter.data import shards as shards_module
 from memfilter.data.builder import prepare_experiment
 from memfilter.data.cache import Cache
 from memfilter.data.encode import Encoder
@@ -224,6 +226,26 @@ def test_what_cannot_be_read_counts_as_without_a_cache_and_is_not_tried_again(
     table = pq.read_table(tmp_path / "cache" / "index.parquet").to_pylist()
     assert {row["key"] for row in table if row["bad"]} == {"p1", "p2", "p6"}
     assert all((row["row"] is None) == (row["bad"] is not None) for row in table)
+
+
+def test_what_could_not_be_read_once_is_tried_again_and_nothing_else(config, folder, tmp_path, monkeypatch):
+    settings = {"path": folder, "max_bad_share": 0.9}
+    read = shards_module.read_bytes
+
+    def ill(path, offset, size):
+        if path.name == "p3.png":
+            raise OSError(errno.EIO, "Input/output error")
+        return read(path, offset, size)
+
+    with monkeypatch.context() as disk:
+        disk.setattr(shards_module, "read_bytes", ill)
+        out = made(config(cache=tmp_path / "cache", **settings), samples_per_shard=2)
+    assert json.loads((out / "cache.json").read_text())["counts"]["bad"] == 1
+    before = {path.name: path.stat().st_mtime_ns for path in out.glob("*.safetensors")}
+    made(config(cache=out, **settings), samples_per_shard=2)
+    after = {path.name: path.stat().st_mtime_ns for path in out.glob("*.safetensors")}
+    assert [name for name in before if before[name] != after[name]] == ["pictures-00001.safetensors"]
+    assert contents(out) == contents(made(config(cache=tmp_path / "well", **settings), samples_per_shard=2))
 
 
 def test_more_bad_samples_than_allowed_end_it_with_their_names(config, folder, tmp_path):
