@@ -234,10 +234,10 @@ def job(work: Path, seed: int) -> None:
     write_json(work / f"rows-{seed}-{MADE_BY}.json", rows)
 
 
-def least(work, *args, repeats: int = 3, **settings) -> float:
-    """CPU seconds, the least of some times; other processes share the machine."""
+def least(work, *args, **settings) -> float:
+    """CPU seconds, the least of three times; other processes share the machine."""
     times = []
-    for _ in range(repeats):
+    for _ in range(3):
         began = time.process_time()
         work(*args, **settings)
         times.append(time.process_time() - began)

@@ -12,11 +12,12 @@ known trigger when, in four generations, it is copied (more like the training pi
 caption are to each other, in at least half of them) and is copied in none with the trigger replaced by another of the 105. The
 score is that of `token_significance` by default, the mean over the first quarter of the sampler's steps of the gradient at what the
 text encoder is given; both were chosen on a model of another seed. Its top word is also taken by the first step alone, by all steps,
-by the gradient at the encoder's output, as in the paper (encoded), and by no gradient, as the word without which the norm of the first
-step falls most (left out). Held against it: chance, the longest word, and the one that stands in the fewest training
-captions, both of the three planted ones alone (drawn among equals), since no rule would take a word that every caption has; the
-score's top among these three stands beside them. And: dropping the two words of highest score against dropping two others, the mean of three random pairs, by what it does to copy
-similarity, paired by prompt. 95% intervals by bootstrap over models, within each over duplicates, within these over prompts.
+by the gradient at the encoder's output, as in the paper (encoded), and by no gradient, as the word without which the norm of the
+first step falls most (left out). Held against it: chance, the longest word, and the one that stands in the fewest training captions,
+both of the three planted ones alone (drawn among equals), since no rule would take a word that every caption has; the score's top
+among these three stands beside them. And: dropping the two words of highest score against dropping two others, the mean of three
+random pairs, by what it does to copy similarity, paired by prompt. 95% intervals by bootstrap over models, within each over
+duplicates, within these over prompts.
 
 The table goes to docs/results/significance.csv and .md; seeds whose rows are there are not done anew.
 """

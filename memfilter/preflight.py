@@ -49,10 +49,11 @@ def validate(
     if batch_norm := [name for name, m in unet.named_modules() if isinstance(m, norms)]:
         reasons.append(f"{_some(batch_norm)} of the denoiser are BatchNorm: a sample's prediction depends on its batch, "
                        "and the extra pass moves their statistics: use GroupNorm")  # fmt: skip
-    channels = {name: getattr(getattr(unet, "config", None), name, None) for name in ("in_channels", "out_channels")}
-    if None not in channels.values() and channels["out_channels"] > channels["in_channels"]:
-        reasons.append(f"the denoiser has {channels['out_channels']} output channels for {channels['in_channels']}: a variance that is "
-                       "learned along would count into the norm")  # fmt: skip
+    config = getattr(unet, "config", None)
+    taken, given = getattr(config, "in_channels", None), getattr(config, "out_channels", None)
+    if taken and given and given > taken:
+        reasons.append(f"the denoiser has {given} output channels for {taken}: a variance that is learned along would count into "
+                       "the norm")  # fmt: skip
     for encoder in text_encoders:
         if encoder is not None and any(p.requires_grad for p in encoder.parameters()):
             reasons.append(f"{type(encoder).__name__} is trained, but the embedding of the empty prompt is made once and "

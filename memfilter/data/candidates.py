@@ -176,20 +176,19 @@ def _is_whole(result: Path) -> bool:
 
 
 def _hash_unit(data: Path, kept: Path, unit: Unit) -> None:
-    again: list[Exception] = []
     try:
         shards = unit.shards or Shards.open(data / unit.name)
-        rows = [_hash_sample(data, unit, shards, key, again) for key in shards.keys()]
+        rows = [_hash_sample(data, unit, shards, key) for key in shards.keys()]
     except ShardError as error:
         rows = [_lost({"shard": as_key(unit.name)}, BROKEN_SHARD, str(error.__cause__ or error))]
-        again += [error.__cause__] if may_pass(error.__cause__) else []
-    schema = SCHEMA.with_metadata({AGAIN: b"1"}) if again else SCHEMA
+        rows[0]["again"] = may_pass(error.__cause__)
+    schema = SCHEMA.with_metadata({AGAIN: b"1"}) if any(row.get("again") for row in rows) else SCHEMA
     with atomic(kept / f"{unit.stamp}.parquet") as partial:
         pq.write_table(pa.Table.from_pylist(rows, schema), partial, compression="zstd")
 
 
-def _hash_sample(data: Path, unit: Unit, shards: Shards, key: str, again: list[Exception]) -> dict:
-    """Errors that may pass go to ``again``."""
+def _hash_sample(data: Path, unit: Unit, shards: Shards, key: str) -> dict:
+    """A row of `SCHEMA`, and whether reading it ``again`` may succeed."""
     members = shards.members[key]
     place = members[next(suffix for suffix in IMAGE_SUFFIXES if suffix in members)]  # the one that is shown
     shard = place.shard.relative_to(data).as_posix()
@@ -205,10 +204,9 @@ def _hash_sample(data: Path, unit: Unit, shards: Shards, key: str, again: list[E
         picture = decode(content, key)
     except (ShardError, OSError) as error:
         detail = error.__cause__ or error
+        row["again"] = may_pass(detail)
         if isinstance(detail, UnidentifiedImageError):  # whose message has an address in memory
             detail = "no picture of a known kind"
-        elif may_pass(detail):
-            again.append(detail)
         return _lost(row, TOO_LARGE if isinstance(error, TooLarge) else UNREADABLE, str(detail))
     if max(picture.size) > NARROW * min(picture.size):
         return _lost(row, TOO_LARGE, f"{picture.width:,} x {picture.height:,} pixels are more than {NARROW:,} times as long as wide")

@@ -9,6 +9,7 @@ import numpy as np
 from PIL import Image, ImageOps
 
 HASH_BYTES = 8
+NEAR_BITS = 6  # of 64, by which the hashes of near pictures differ at most: docs/results/near_duplicates.md
 EXACT, NEAR, CAPTION = "exact duplicate", "near duplicate", "equal caption"
 
 

@@ -11,14 +11,14 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from memfilter.data.candidates import candidates
-from memfilter.data.duplicates import HASH_BYTES, near_pairs
+from memfilter.data.duplicates import HASH_BYTES, NEAR_BITS, near_pairs
 from memfilter.data.experiment import PLACE, index_beside
 from memfilter.data.manifest import is_manifest
 from memfilter.data.shards import Shards
 from memfilter.files import atomic
 
 
-def prepare_groups(data: Path, index: Path | None = None, max_bits: int = 6, processes: int | None = None) -> int:
+def prepare_groups(data: Path, index: Path | None = None, max_bits: int = NEAR_BITS, processes: int | None = None) -> int:
     """Adds the column ``group`` to an index: a name that near duplicates have in common, by perceptual hash.
 
     Near to near is near: a chain of pictures, each near the next, is one group. Where there is no index one is made, which

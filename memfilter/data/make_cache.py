@@ -177,8 +177,7 @@ class _Writer:
                 path.unlink()
 
     def run(self, accelerator, progress: bool) -> None:
-        """Writes what is missing."""
-        self.out.mkdir(parents=True, exist_ok=True)
+        """Writes what is missing, after `begin`."""
         processes, rank, main = accelerator.num_processes, accelerator.process_index, accelerator.is_main_process
         samples = self._read([job.rows for job in self.jobs[rank::processes] if self._is_due(job, "pictures")])
         due = [0 if job.name in self.done else len(job.rows) for job in self.jobs]

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from memfilter.data.duplicates import NEAR_BITS
+
 Variant = Literal["same_caption", "other_captions", "weighted"]
 
 
@@ -43,7 +45,7 @@ class Plan:
     prompts: str | None = None
     variant: Variant = "same_caption"
     other_captions: str | None = None
-    max_bits: int | None = 6  # docs/results/near_duplicates.md
+    max_bits: int | None = NEAR_BITS
     mirrored: bool = True
     embeddings: str | None = None
     min_cosine: float = 0.75

@@ -8,7 +8,7 @@ import numpy as np
 from PIL import Image
 
 from memfilter.data import scenes
-from memfilter.data.duplicates import near_pairs, perceptual_hashes
+from memfilter.data.duplicates import NEAR_BITS, near_pairs, perceptual_hashes
 from memfilter.data.shards import ShardError
 from memfilter.eval.agreement import agreement
 from memfilter.eval.clip import Clip
@@ -26,7 +26,6 @@ COPYING = {
 SCENES_CAPTIONS = 60  # of the calibration of a measure that takes its time
 CALIBRATION_PICTURES = 500  # whose pairs say what different pictures have in common, where they are not scenes
 SEED = 20261125  # of which they are
-NEAR_BITS = 6  # of 64, as `memfilter prepare groups` has it
 
 
 def training_pictures(run: FinishedRun, asked: list[Prompt], side: int) -> dict[int, np.ndarray]:

@@ -100,16 +100,22 @@ class FinishedRun:
         return {key: row for row, key in enumerate(self.experiment.keys)}
 
     def prompts(self, distinct: int, near_copies: int = 1) -> list[Prompt]:
-        """The caption of every duplicate, the first of those that a picture has, and of the first so many others; without those that
+        """The caption of every duplicate, the first where a picture has several, and of the first so many others; without those that
         cannot be read. Arguments as of `evaluate_run`."""
         keys, duplicate = self.experiment.keys, self.experiment.duplicate
         if duplicate is None:
             return list(islice(self._readable(range(len(keys))), distinct))
-        pictures = {self.experiment.picture(row): row for row in reversed(np.flatnonzero(duplicate).tolist())}
-        rows = sorted(pictures.values())[::near_copies]
+        pictures: dict[str, int] = {}
+        for row in np.flatnonzero(duplicate)[::near_copies].tolist():
+            pictures.setdefault(self.experiment.picture(row), row)
+        rows = pictures.values()
         copies = {row: tuple(keys[row + 1 : row + near_copies]) for row in rows}
         others = self._readable(np.flatnonzero(~duplicate).tolist())
         return [*self._readable(rows, copies), *islice(others, distinct)]
+
+    def captions(self) -> set[str]:
+        """All that it was shown; those that can be read."""
+        return {prompt.text for prompt in self._readable(range(len(self.experiment.keys)))}
 
     def _readable(self, rows: Iterable[int], copies: Mapping[int, tuple[str, ...]] = MappingProxyType({})) -> Iterator[Prompt]:
         """Prompts of rows; of a caption that cannot be read the log tells."""
@@ -194,7 +200,8 @@ def scene_from(facts: dict) -> scenes.Scene:
     if missing := [name for name in names if name not in facts]:
         raise ValueError(f"sample {facts.get('key')!r} is not a clipart scene: its .json lacks {', '.join(missing)}")
     colours = facts["colours"]
-    numbers = [facts[name] for name in ("x", "y", "size", "tilt", "split_angle", "split_offset", *(["poster"] if facts["poster"] else []))]
+    numbers = [facts[name] for name in ("x", "y", "size", "tilt", "split_angle", "split_offset")]
+    numbers += [] if facts["poster"] is None else [facts["poster"]]
     if not (isinstance(colours, list | tuple) and colours and all(isinstance(c, str) and c in scenes.COLOURS for c in colours)
             and isinstance(facts["object"], str) and facts["object"] in scenes.objects()
             and all(isinstance(number, int | float) for number in numbers)):  # fmt: skip

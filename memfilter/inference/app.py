@@ -80,14 +80,17 @@ class Studio:
         if self.model.run is not None:
             with suppress(ValueError):
                 asked = self.model.run.prompts(EXAMPLES)
-        return {p.text: p for p in reversed(asked)}  # of one caption the duplicate counts, which comes first
+        known: dict[str, Prompt] = {}
+        for p in asked:  # duplicates come first, and count where a caption comes again
+            known.setdefault(p.text, p)
+        return known
 
     @property
     def examples(self) -> list[str]:
         """Some prompts of the run, duplicates first; clean ones where there is none that has some."""
         if not self._training:
             return self.model.clean_prompts(None, EXAMPLES) if self.model.of_scenes else []
-        asked = [*self._training.values()][::-1]
+        asked = self._training.values()
         return [p.text for duplicate in (True, False, None) for p in [p for p in asked if p.duplicate == duplicate][:EXAMPLES]]
 
     def shown(self, prompt: str, look: Look) -> list[tuple[np.ndarray, str]]:

@@ -89,7 +89,7 @@ class Model:
     def _shown(self) -> set[str]:
         """Captions that the run was shown, where they can still be had."""
         with suppress(ValueError):
-            return {prompt.text for prompt in self.run.prompts(len(self.run.experiment.keys))} if self.run else set()
+            return self.run.captions() if self.run else set()
         return set()
 
     def clean_norms(

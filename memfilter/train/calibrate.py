@@ -54,8 +54,7 @@ def calibrate(config: Config, out: Path, keys: int = 300, looks: int = 40, progr
     if config.data.streaming:
         raise ConfigError("data.streaming: samples are looked at several times, which a stream does not allow")
     accelerator = make_accelerator(config)
-    if accelerator.is_main_process:
-        _require_place(out)
+    from_main(accelerator.state, lambda: _require_place(out))
     shards, experiment = open_data(config)
     pipeline = load_model(config)
     resolution = resolution_of(config, pipeline)

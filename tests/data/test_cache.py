@@ -370,6 +370,7 @@ def test_process_writes_every_nth_shard_and_no_other(config, folder, bases, tmp_
     rounds, names = [], sorted(name for name in whole if name.endswith("safetensors"))
     place = {"num_processes": processes, "process_index": rank, "is_main_process": False}
     launch = SimpleNamespace(**place, wait_for_everyone=lambda: rounds.append(len(list(tmp_path.glob("one/*")))))
+    (tmp_path / "one").mkdir()  # as the main process does
     making._Writer(one, encoder, views, facts, "fp32", 1).run(launch, progress=False)
     mine = names[rank::processes]
     assert contents(tmp_path / "one") == {name: whole[name] for name in mine}

@@ -230,6 +230,7 @@ def test_picture_under_several_captions_is_asked_for_by_the_first(scenes_copy):
     names = [experiment.keys[first] if row in rows[:3] else key for row, key in enumerate(experiment.keys)]
     run.data = (run.data[0], replace(experiment, pictures=names))
     assert run.prompts(2) == [plain[0], *plain[3:]]
+    assert run.captions() > {prompt.text for prompt in plain}  # under whatever caption it was shown
 
 
 def test_prompts_of_a_file_with_and_without_keys(scenes_copy, tmp_path):
