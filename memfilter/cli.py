@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 from typing import Literal
 
+from memfilter.data.duplicates import NEAR_BITS
 from memfilter.data.plan import Plan
 from memfilter.text import printable
 
@@ -58,7 +59,7 @@ def experiment(data: str, out: str, hashes: str | None = None, processes: int | 
     print(Path(out, MANIFEST))
 
 
-def groups(data: str, index: str | None = None, max_bits: int = 6, processes: int | None = None) -> None:
+def groups(data: str, index: str | None = None, max_bits: int = NEAR_BITS, processes: int | None = None) -> None:
     """Find near duplicates and name their groups in the index, for filter.key=content.
 
     Args:
